@@ -262,6 +262,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.boot",
         "vmm_kvm.arch.x86",
         "vmd.config",
+        "vmd.shared",
     ),
     "vmd.opener": ("vmm_kvm.log", "vmd.wire", "vmd.shared"),
     "vmd.parent": (
@@ -443,6 +444,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.block.qcow2",
         "vmm_kvm.images",
         "vmd.config",
+        "vmd.shared",
         "vmm_agent",
         "vmctl",
         "vmctl.values",

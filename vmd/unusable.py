@@ -9,11 +9,12 @@ from pathlib import Path
 
 from vmd.config.disks import DiskKind
 from vmd.config.model import VmConfig
+from vmd.shared.seed import seed_image
 from vmm_kvm.arch.x86.boot_config import BootConfig, refuse
 from vmm_kvm.arch.x86.image import FirmwareImage, open_firmware, open_image
 from vmm_kvm.block.image import Format
 from vmm_kvm.boot.firmware import find_firmware
-from vmm_kvm.errors import BootError, ImageError
+from vmm_kvm.errors import BootError, ImageError, SpecError
 from vmm_kvm.images.opening import image_chain, open_disc
 
 _FORMATS = {DiskKind.PROBE: None, DiskKind.RAW: Format.RAW, DiskKind.QCOW2: Format.QCOW2}
@@ -24,7 +25,7 @@ def unusable(vms: Sequence[VmConfig]) -> list[str]:
     return [
         f'{vm.where}: warning: vm "{vm.name}": {text}' if vm.where else f"warning: {text}"
         for vm in vms
-        for text in (*_disks(vm), *_boot(vm), *_shares(vm))
+        for text in (*_disks(vm), *_boot(vm), *_shares(vm), *_seed(vm))
     ]
 
 
@@ -51,6 +52,14 @@ def _shares(vm: VmConfig) -> Iterator[str]:
             continue
         if not (stat.S_ISSOCK(mode) if share.is_server else stat.S_ISDIR(mode)):
             yield f"share {share.path}: not a {'socket' if share.is_server else 'directory'}"
+
+
+def _seed(vm: VmConfig) -> Iterator[str]:
+    if vm.seed is not None:
+        try:
+            seed_image(vm.name, vm.seed)
+        except SpecError as err:
+            yield f"seed: {err}"
 
 
 def _boot(vm: VmConfig) -> Iterator[str]:

@@ -11,13 +11,20 @@ from pathlib import Path
 from vmctl.client import Client, CommandError, Fields
 from vmd.config.disks import DiskOption
 from vmd.config.model import Config, ForwardConfig, InterfaceConfig, Right, VmConfig
+from vmd.config.seeds import SeedOption
 from vmd.config.shares import ShareOption
 from vmd.config.text import config_lines
 from vmm_kvm.boot_device import BootDevice
 
 
 def save(
-    client: Client, name: str, fields: Fields, disks: Sequence[DiskOption], initrd: Sequence[str]
+    client: Client,
+    name: str,
+    fields: Fields,
+    disks: Sequence[DiskOption],
+    initrd: Sequence[str],
+    *,
+    seed: SeedOption | None,
 ) -> None:
     """Write a VM's file, and have the daemon read it, which starts the VM in its turn.
 
@@ -27,6 +34,7 @@ def save(
         fields: of the request to start it.
         disks: its disks, with absolute paths.
         initrd: absolute paths of its initial RAM disks.
+        seed: that the daemon makes for it, with absolute paths.
 
     Raises:
         CommandError: there is such a file or VM, it cannot be written, or the daemon refuses it.
@@ -43,7 +51,12 @@ def save(
     if any(vm["name"] == name for vm in client.vms()):
         raise CommandError(f"there is a VM {name} already: --save is for a new one")
     path = f"{directory}/{name}.conf"
-    text = "\n".join(config_lines(Config(vms=(_config(name, fields, disks, initrd),)))) + "\n"
+    text = (
+        "\n".join(
+            config_lines(Config(vms=(_config(name, fields, disks, initrd)._replace(seed=seed),)))
+        )
+        + "\n"
+    )
     _write(path, text)
     try:
         client.ask("load", "done", {"path": path})

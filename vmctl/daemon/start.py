@@ -30,6 +30,7 @@ from vmm_kvm.record import Record
 TYPE_CHECKING = False  # as in `vmm_kvm.record`
 if TYPE_CHECKING:  # loaded if there is a disk
     from vmd.config.disks import DiskOption
+    from vmd.config.seeds import SeedOption
 
 _INT_MAX = (1 << 31) - 1
 _BOOT_DEVICES = ("disk", "cdrom", "net")
@@ -65,7 +66,8 @@ def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> 
             check_name(target.name)
         condition = _condition(options)
         origin = _origin(options)
-        if not origin:
+        keeps_seed = options.save and not options.agent
+        if not origin and not keeps_seed:
             options = _with_seed(options, target)
         asked = {} if origin else _request(options, fds)
         with Client() as client:
@@ -142,6 +144,7 @@ def _save(client: Client, target: Target, asked: Fields, options: StartOptions) 
         asked,
         _disks(options),
         [path_of(each, "initrd") for each in options.initrd],
+        seed=_saved_seed(options, target.name),
     )
     try:
         return client.ask("start", "started", target.fields())
@@ -150,6 +153,24 @@ def _save(client: Client, target: Target, asked: Fields, options: StartOptions) 
         if err.code != "EALREADY" or not vms or vms[0]["pid"] is None:
             raise
         return vms[0]  # it runs already: the daemon starts configured VMs
+
+
+def _saved_seed(options: StartOptions, name: str) -> "SeedOption | None":
+    """Return the seed that the daemon makes at each start; with an agent it is among the disks.
+
+    Raises:
+        SpecError: there can be no such seed.
+    """
+    if options.agent or not (options.cloud_init or options.ssh_keys):
+        return None
+    from vmctl.images.seed import seed_image, seed_option  # noqa: PLC0415 - few VMs have one
+
+    seed_image(name, options)
+    option = seed_option(options)
+    return option._replace(
+        cloud_init=option.cloud_init and os.path.abspath(option.cloud_init),
+        ssh_keys=tuple(map(os.path.abspath, option.ssh_keys)),
+    )
 
 
 class _Condition(Record):

@@ -1,41 +1,27 @@
 """The seed of `--cloud-init`, `--ssh-key` and `--agent`: a disk from which a guest sets itself up.
 
-It is a small ISO image with the label cidata, which cloud-init looks for (its NoCloud source). The
-user's data stand in it as they are; ours are vendor-data, which cloud-init joins to them.
-
 For a VM of the daemon the image is a file named by its content: a VM that boots again, or goes on
 from a snapshot, finds it, and cloud-init takes a seed with the same content for the same machine.
 """
 
 import hashlib
-import json
 import os
 import re
-import stat
 import time
 from base64 import encodebytes
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Protocol
 
-from vmctl.images.iso9660 import iso_image
 from vmctl.values import once
+from vmd.config.seeds import SeedOption
+from vmd.shared import seed
 from vmm_kvm.errors import ImageError, SpecError
 from vmm_kvm.new_file import NewFile, write_whole
 
-LABEL = "cidata"
-_USER, _META, _VENDOR, _NETWORK = "user-data", "meta-data", "vendor-data", "network-config"
-_NAMES = (_USER, _META, _VENDOR, _NETWORK)
-_FILE_MAX = 16 << 20
-_KEYS_MAX = 64 << 10
-_NO_USER_DATA = b"#cloud-config\n{}\n"
-_BEGINNINGS = (b"#", b"Content-Type:", b"MIME-Version:", b"\x1f\x8b")
-_HOST_MAX = 63
 SETTLED_S = 3600
 """How long a seed stays at least, for the VM that it was made for to open it."""
 _SEED = re.compile(r"[0-9a-f]{64}\.iso", re.ASCII)
-_KEY = re.compile(r"[a-z0-9@.-]+ +[A-Za-z0-9+/]+=*( .*)?", re.ASCII)
-_BOUNDARY = "=== vmctl ==="
 _AGENT_SCRIPT = """#!/bin/sh
 set -eu
 umask 022
@@ -93,105 +79,17 @@ def seed_image(name: str, options: SeedOptions) -> bytes:
     """
     if options.agent and not options.vsock:
         raise SpecError("--agent is reached by a vsock device: add --vsock path")
-    path = once(options.cloud_init, "cloud-init")
-    files = {} if path is None else _given(path)
-    keys = [key for file in options.ssh_keys for key in _keys(file)]
-    if keys and _META in files:
-        raise SpecError(f"{path}: its meta-data has the keys: no --ssh-key beside it")
-    if (keys or options.agent) and _VENDOR in files:
-        raise SpecError(f"{path}: vendor-data, --ssh-key and --agent: use one")
-    files.setdefault(_USER, _NO_USER_DATA)
-    if keys or options.agent:
-        files[_VENDOR] = _vendor_data(has_keys=bool(keys), has_agent=options.agent)
-    if _META not in files:
-        files[_META] = _meta_data(name, keys, files)
-    return iso_image(LABEL, files)
+    script = _agent_script() if options.agent else ""
+    return seed.seed_image(name, seed_option(options), script)
 
 
-# The user's files
+def seed_option(options: SeedOptions) -> SeedOption:
+    """Return what --cloud-init and --ssh-key say.
 
-
-def _given(path: str) -> dict[str, bytes]:
-    if not os.path.isdir(path):
-        return {_USER: _user_data(path)}
-    found = {}
-    for name in _NAMES:
-        file = os.path.join(path, name)
-        if os.path.lexists(file):
-            found[name] = _user_data(file) if name == _USER else _read(file, _FILE_MAX)
-    if _USER not in found and _META not in found:
-        raise SpecError(f"{path}: neither {_USER} nor {_META} is in it")
-    return found
-
-
-def _user_data(path: str) -> bytes:
-    """Read user-data; cloud-init ignores data whose first line does not name their kind."""
-    data = _read(path, _FILE_MAX)
-    if data.strip() and not data.startswith(_BEGINNINGS):
-        raise SpecError(f"{path}: no user-data: the first line is '#cloud-config', or '#!'")
-    return data
-
-
-def _read(path: str, most: int) -> bytes:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        with open(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise SpecError(f"{path}: not a regular file")
-            data = file.read(most + 1)
-    except OSError as err:
-        raise SpecError(f"{path}: {err.strerror}") from err
-    if len(data) > most:
-        raise SpecError(f"{path}: more than {most} bytes")
-    return data
-
-
-def _keys(path: str) -> list[str]:
-    """Return the public keys of a file, a line each."""
-    text = _read(path, _KEYS_MAX).decode(errors="replace")
-    if "PRIVATE KEY" in text:
-        raise SpecError(f"{path}: a private key: use {path}.pub")
-    lines = [line.strip() for line in text.splitlines()]
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys or not all(_KEY.fullmatch(key) and key.isprintable() for key in keys):
-        raise SpecError(f"{path}: no public key")
-    return keys
-
-
-# Ours
-
-
-def _meta_data(name: str, keys: Sequence[str], files: dict[str, bytes]) -> bytes:
-    """Return what tells a guest its name, keys, and whether it has been set up by this before."""
-    host = _host_name(name)
-    digest = hashlib.sha256(repr((host, keys, sorted(files.items()))).encode()).hexdigest()
-    fields = {"instance-id": f"vmm-{digest[:32]}", "local-hostname": host, "public-keys": keys}
-    return json.dumps({name: value for name, value in fields.items() if value}, indent=1).encode()
-
-
-def _host_name(name: str) -> str:
-    letters = "".join(one if one.isascii() and one.isalnum() else "-" for one in name)
-    return letters[:_HOST_MAX].strip("-") or "vm"
-
-
-def _vendor_data(*, has_keys: bool, has_agent: bool) -> bytes:
-    """Return what lets root log in by those keys, and installs the agent."""
-    parts = []
-    if has_keys:
-        parts.append(("cloud-config", "#cloud-config\ndisable_root: false\n"))
-    if has_agent:
-        parts.append(("x-shellscript", _agent_script()))
-    lines = [f'Content-Type: multipart/mixed; boundary="{_BOUNDARY}"', "MIME-Version: 1.0", ""]
-    for kind, text in parts:
-        lines += [
-            f"--{_BOUNDARY}",
-            f'Content-Type: text/{kind}; charset="us-ascii"',
-            "MIME-Version: 1.0",
-            f'Content-Disposition: attachment; filename="vmctl-{kind}"',
-            "",
-            text,
-        ]
-    return "\n".join((*lines, f"--{_BOUNDARY}--", "")).encode()
+    Raises:
+        SpecError: it is said twice.
+    """
+    return SeedOption(once(options.cloud_init, "cloud-init") or "", options.ssh_keys)
 
 
 def _agent_script() -> str:
@@ -200,7 +98,9 @@ def _agent_script() -> str:
     folder = os.path.dirname(vmm_agent.__file__)
     texts = {}
     for what, name in (("agent", "agent.py"), ("unit", "vmm-agent.service")):
-        texts[what] = encodebytes(_read(os.path.join(folder, name), _FILE_MAX)).decode()
+        texts[what] = encodebytes(
+            seed.read_file(os.path.join(folder, name), seed.FILE_MAX)
+        ).decode()
     return _AGENT_SCRIPT.format_map(texts)
 
 

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from vmd.config.disks import DiskOption
+from vmd.config.seeds import SeedOption
 from vmd.config.shares import ShareOption
 from vmm_kvm.boot_device import BootDevice
 
@@ -163,6 +164,8 @@ class VmConfig(NamedTuple):
     interfaces: tuple[InterfaceConfig, ...] = ()
     shares: tuple[ShareOption, ...] = ()
     """With absolute paths; they are looked up when the VM starts."""
+    seed: SeedOption | None = None
+    """With absolute paths. In the daemon the last disk is the seed, which each boot makes anew."""
     owner: Owner = Owner()
     allow_instance: frozenset[Right] = frozenset()
     instance_owner: Owner | None = None

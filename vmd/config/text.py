@@ -145,6 +145,10 @@ def _vm(vm: VmConfig) -> Iterator[str]:
         yield f"\t{_interface(interface)}"
     for share in vm.shares:
         yield f"\t{_share(share)}"
+    if vm.seed and vm.seed.cloud_init:
+        yield f"\tcloud-init {quoted(vm.seed.cloud_init)}"
+    for path in vm.seed.ssh_keys if vm.seed else ():
+        yield f"\tssh key {quoted(path)}"
     if vm.has_vsock:
         yield "\tvsock"
     if vm.has_balloon:

@@ -18,6 +18,7 @@ from vmd.config.model import (
     Right,
     VmConfig,
 )
+from vmd.config.seeds import SSH_KEYS_MAX, SeedOption
 from vmd.config.shares import (
     ACCESS,
     VHOST_USER,
@@ -39,8 +40,8 @@ SHARE_OPTIONS = ("tag", *ACCESS)
 SNAPSHOT = "snapshot"
 """Words of `allow` that are ours."""
 OWN_OPTIONS = (
-    *("after", "append", "balloon", "cpus", "firmware", "initrd", "limit", "share", "stop"),
-    *("tpm", "vsock", "watchdog"),
+    *("after", "append", "balloon", "cloud-init", "cpus", "firmware", "initrd", "limit", "share"),
+    *("ssh", "stop", "tpm", "vsock", "watchdog"),
 )
 """Options of a VM that OpenBSD does not have."""
 FIRMWARE_NAMES = ("bios", "uefi")
@@ -99,7 +100,7 @@ class VmRule:
               | "cpus" NUMBER | "limit" "cpu" STRING
               | "initrd" string | "append" string | "firmware" string
               | "after" string | "stop" "timeout" NUMBER | "vsock" | "balloon"
-              | "watchdog" | "tpm" | share
+              | "watchdog" | "tpm" | share | "cloud-init" string | "ssh" "key" string
         """
         tokens = self._tokens
         if tokens.accept("enable"):
@@ -154,6 +155,10 @@ class VmRule:
                 self._after()
             case "share":
                 self._share()
+            case "cloud-init":
+                self._cloud_init()
+            case "ssh":
+                self._ssh_key()
             case "stop":
                 self._stop_timeout()
             case "vsock":
@@ -177,6 +182,33 @@ class VmRule:
         if len(vm.after) >= AFTER_MAX:
             tokens.refuse(f"more than {AFTER_MAX} VMs to start after")
         self._vm = vm._replace(after=(*vm.after, name))
+
+    def _cloud_init(self) -> None:
+        path = self._seed_path("cloud-init")
+        seed = self._vm.seed or SeedOption()
+        if seed.cloud_init:
+            self._tokens.refuse("cloud-init specified more than once")
+        self._vm = self._vm._replace(seed=seed._replace(cloud_init=path))
+        self._give(Right.DISK)
+
+    def _ssh_key(self) -> None:
+        """Take `"key" STRING`, after `"ssh"`."""
+        if not self._tokens.is_at_own("key"):
+            self._tokens.syntax_error()
+        self._tokens.take()
+        path = self._seed_path("ssh key")
+        seed = self._vm.seed or SeedOption()
+        if len(seed.ssh_keys) >= SSH_KEYS_MAX:
+            self._tokens.refuse("too many ssh keys")
+        self._vm = self._vm._replace(seed=seed._replace(ssh_keys=(*seed.ssh_keys, path)))
+        self._give(Right.DISK)
+
+    def _seed_path(self, what: str) -> str:
+        path = self._tokens.string()
+        resolved = self._host.absolute(path)
+        if not path or byte_length(resolved) > PATH_BYTES_MAX:
+            self._tokens.refuse(f"{what} path too long" if path else f"{what} without a path")
+        return resolved
 
     def _stop_timeout(self) -> None:
         tokens = self._tokens

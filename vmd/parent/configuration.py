@@ -8,6 +8,7 @@ from vmd.config.host import Host, SystemHost
 from vmd.config.model import Config, Owner, VmConfig
 from vmd.config.parser import ConfigErrors, parse_config
 from vmd.parent.cgroups import Cgroups
+from vmd.parent.seeds import with_seeds
 from vmd.rules.policy import Users
 from vmm_kvm.log import Log
 
@@ -68,6 +69,7 @@ def read_configuration(
         for line in (*err.warnings, *err.lines):
             log.warning("%s", line)
         return err.lines
+    config = with_seeds(config, settings.state)
     refused = tuple(judge(config.vms))
     odd = advice(config, is_user=settings.is_user, memory_size=host.memory_size())
     for line in (*config.warnings, *odd, *refused):

@@ -23,6 +23,7 @@ from vmd.parent.errors import ResourceError
 from vmd.parent.interfaces import Interface, open_vhosts
 from vmd.parent.passed import wanted_disk
 from vmd.parent.scratches import Scratches
+from vmd.parent.seeds import make_seed, seed_path
 from vmd.parent.shares import Shares
 from vmd.parent.tpms import Tpms
 from vmd.rules.policy import Users
@@ -272,6 +273,7 @@ class _Opener:
             server = self._connect(option.path, ErrorCode.DISK_MISSING)
             return DiskSpec(option=option, chain=(server,))
         passed = self._vm.files
+        self._seed(option)
         locks = passed is None or not passed.has_sender
         if passed is not None and place < len(passed.disks) and passed.disks[place]:
             chain = tuple(self.keep(os.dup(fd)) for fd in passed.disks[place])
@@ -286,6 +288,15 @@ class _Opener:
         return DiskSpec(
             option=option, chain=chain, formats=formats, scratch=scratch, is_locked=locks
         )
+
+    def _seed(self, option: DiskOption) -> None:
+        """Make the seed, if this disk is one, for a guest that boots or if there is none."""
+        vm, passed = self._vm, self._vm.files
+        if vm.config.seed is None or option.path != seed_path(self._state, vm.name):
+            return
+        goes_on = vm.origin is not None or (passed is not None and passed.stream is not None)
+        if not (goes_on and os.path.lexists(option.path)):
+            make_seed(self._state, vm.name, vm.config.seed)
 
     def share(self, place: int, option: ShareOption, cgroup: int | None) -> ShareSpec:
         """Have a shared directory served, with its client's rights or the VM's owner's.

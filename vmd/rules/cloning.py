@@ -186,6 +186,7 @@ def clone_config(source: Vm) -> VmConfig | Denied:
         parent=None,
         allow_instance=frozenset(),
         instance_owner=None,
+        seed=None,
         after=(),
         where="",
         disks=tuple(

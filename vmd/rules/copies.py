@@ -66,6 +66,7 @@ def copied(
         allow_instance=frozenset(),
         instance_owner=None,
         owner=Owner(uid),
+        seed=None,
         after=(),
         where="",
         interfaces=tuple(each._replace(tap=None, forwards=()) for each in source.config.interfaces),

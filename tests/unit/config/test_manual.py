@@ -27,7 +27,7 @@ WITHOUT_MEANING = {"add", "id", "size"}
 """Reserved words that no statement has."""
 KEYWORD_MACROS = {"Ic", "Cm"}
 OTHER_MACROS = {"Ar", "Oo", "Oc", "Op", "Ns", "No", "Sy", "Li", "Pa", "It", "D1", "Fl"}
-OTHER_OWN = {*OWN_WORDS, *("cpu", "nat", "snapshot", "storage", "timeout", "to", "vms")}
+OTHER_OWN = {*OWN_WORDS, *("cpu", "key", "nat", "snapshot", "storage", "timeout", "to", "vms")}
 """Words of ours within other statements."""
 VALUES = {"tap", "tcp", "udp", *FIRMWARE_NAMES, *FORMATS, *OnError, *GuestClock}
 """Words that are values, not keywords."""

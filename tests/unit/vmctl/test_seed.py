@@ -18,10 +18,10 @@ from tests.agents import AGENT
 from tests.unit.vmctl.conftest import Serve
 from tests.vmctl_driver import VMCTL
 from vmctl.daemon.start import start
-from vmctl.images.iso9660 import SECTOR, iso_image
 from vmctl.images.seed import seed_disk
 from vmd.wire.messages import AnyRequest, Start, Started
 from vmm_kvm.errors import SpecError
+from vmm_kvm.images.iso9660 import SECTOR, iso_image
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFrikGGJGsPSsM+ivZDCFUk7O2IwRWV5TugyENb26I8z me@here"
 
@@ -197,7 +197,7 @@ WRONG: dict[str, tuple[Options, str]] = {
     ),
     "vendor twice": (
         Options(cloud_init=("vendor",), agent=True),
-        "vendor: vendor-data, --ssh-key and --agent: use one",
+        "vendor: vendor-data, ssh keys and an agent: use one",
     ),
     "no vsock": (Options(agent=True, vsock=()), "--agent is reached by a vsock device"),
 }

@@ -12,11 +12,13 @@ import pytest
 
 from vmd.children import share_plan
 from vmd.config.disks import DiskKind, DiskOption
-from vmd.config.model import InterfaceConfig, Owner, VmConfig
+from vmd.config.model import Config, InterfaceConfig, Owner, VmConfig
+from vmd.config.seeds import SeedOption
 from vmd.parent.errors import ResourceError
 from vmd.parent.interfaces import Interface
 from vmd.parent.resources import VARIABLES_PER_USER, Host, open_resources
 from vmd.parent.scratches import Scratches
+from vmd.parent.seeds import with_seeds
 from vmd.parent.shares import Shares
 from vmd.parent.tpms import Tpms
 from vmd.rules.policy import Users
@@ -263,3 +265,44 @@ def test_a_throw_away_disk(
     monkeypatch.setenv("TMPDIR", str(path))
     with pytest.raises(ResourceError, match=r"^no file for a throw-away disk: "):
         rig.open_disk(DiskKind.PROBE, path, is_snapshot=True)
+
+
+def test_a_seed(rig: Rig) -> None:
+    """The seed is a disk that is made at each boot, unless a VM goes on; bad files are reported."""
+    user_data = rig.path / "user-data"
+    user_data.write_text("#cloud-config\nhostname: first\n")
+    plain = VmConfig("one", boot=str(rig.kernel), seed=SeedOption(str(user_data)))
+    (config,) = with_seeds(Config(vms=(plain,)), str(rig.path)).vms
+    path = rig.path / "one.seed"
+
+    def text(boot: Passed | None = None) -> bytes:
+        (disk,) = rig.open(config, boot=boot).disks
+        assert (disk.formats, disk.option.is_read_only) == ((DiskKind.RAW,), True)
+        assert rig.path_of(disk.chain[0]) == str(path)
+        data = os.pread(rig.fds[disk.chain[0]], SIZE, 0)
+        rig.close()
+        return data
+
+    assert b"hostname: first" in text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    before = path.stat().st_ino
+    text()
+    assert path.stat().st_ino == before
+    user_data.write_text("#cloud-config\nhostname: second\n")
+    stream = os.open(os.devnull, os.O_RDONLY)
+    goes_on = Passed(uid=0, stream=stream)
+    assert b"hostname: first" in text(goes_on)
+    assert b"hostname: second" in text()
+    path.unlink()
+    assert b"hostname: second" in text(goes_on)
+    os.close(stream)
+    user_data.write_text("hostname: third\n")
+    code, told = rig.error(config)
+    assert code is ErrorCode.EINVAL
+    assert told.startswith(f"seed: {user_data}: no user-data: ")
+    path.unlink()
+    path.symlink_to(user_data)
+    user_data.write_text("#cloud-config\n")
+    code, told = rig.error(config)
+    assert (code, told) == (ErrorCode.EIO, f"seed {path}: Too many levels of symbolic links")
+    assert with_seeds(Config(vms=(plain._replace(seed=None),)), None).vms[0].disks == ()
