@@ -24,6 +24,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm.irq": (),
     "vmm_kvm.clock": (),
     "vmm_kvm.text": (),
+    "vmm_kvm.absolute": (),
     "vmm_kvm.boot_device": (),
     "vmm_kvm.log": ("vmm_kvm.text",),
     "vmm_kvm.scatter": ("vmm_kvm.libc",),
@@ -403,6 +404,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.device",
     ),
     "vmd.daemon": (
+        "vmm_kvm.absolute",
         "vmm_kvm.clock",
         "vmm_kvm.log",
         "vmm_kvm.loop",
@@ -428,13 +430,14 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.unusable",
         "vmd.daemon",
     ),
-    "vmctl": ("vmm_kvm.text", "vmm_kvm.limits", "vmm_kvm.record", "vmd.shared"),
+    "vmctl": ("vmm_kvm.absolute", "vmm_kvm.text", "vmm_kvm.limits", "vmm_kvm.record", "vmd.shared"),
     "vmctl.values": ("vmm_kvm.errors", "vmm_kvm.limits", "vmm_kvm.record", "vmd.config", "vmctl"),
     "vmctl.screen": ("vmm_kvm.text",),
     "vmctl.screen.progress": ("rich",),
     "vmctl.line": ("vmm_kvm.log", "vmm_kvm.version", "vmctl", "typer"),
     "vmctl.__main__": ("vmm_kvm.standard_streams", "vmctl.line"),
     "vmctl.images": (
+        "vmm_kvm.absolute",
         "vmm_kvm.errors",
         "vmm_kvm.text",
         "vmm_kvm.log",
@@ -462,6 +465,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmctl.screen",
     ),
     "vmctl.daemon": (
+        "vmm_kvm.absolute",
         "vmm_kvm.errors",
         "vmm_kvm.record",
         "vmm_kvm.text",
@@ -481,6 +485,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmctl.guest",
     ),
     "vmctl.foreground": (
+        "vmm_kvm.absolute",
         "vmm_kvm.errors",
         "vmm_kvm.bits",
         "vmm_kvm.clock",

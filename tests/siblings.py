@@ -33,5 +33,38 @@ SIBLINGS: Final[dict[str, dict[str, str]]] = {
             "tests/unit/test_standard_streams.py::test_a_non_blocking_output_is_waited_for"
         ),
     },
+    # The daemon reports success and does nothing, or fails without a reason
+    "a configuration that is not there, or not found from elsewhere, is an empty one": {
+        "a directory, a loop of links, a socket or a huge file, also included": (
+            "tests/unit/test_working_directory.py::test_what_is_no_configuration"
+        ),
+        "a program, a script, a page or UTF-16 instead of a configuration": (
+            "tests/unit/test_working_directory.py::test_files_of_another_kind"
+        ),
+        "an empty name, which was the default file": (
+            "tests/unit/test_working_directory.py::test_an_empty_name_is_not_the_default_file"
+        ),
+        "a working directory that has been removed, in each program": (
+            "tests/unit/test_working_directory.py::test_a_directory_that_is_gone"
+        ),
+        "`load link/../file` and `load file/`, which were other files": (
+            "tests/unit/vmctl/test_load.py::test_what_load_asks_for"
+        ),
+        "a name that is too long for a message": (
+            "tests/unit/vmctl/test_load.py::test_what_load_refuses"
+        ),
+    },
+    "an address of an interface that no interface can have": {
+        "ports, sizes and addresses of forwards": (
+            "tests/unit/test_same_words.py::test_values_of_interfaces"
+        ),
+        "names of bridges": "tests/unit/test_same_words.py::test_names_of_bridges",
+        "names of switches": "tests/unit/test_same_words.py::test_names_of_switches",
+        "sizes of memory": "tests/unit/test_same_words.py::test_sizes_of_memory",
+        "numbers in other digits than ours": (
+            "tests/unit/test_same_words.py::test_numbers_are_decimal"
+        ),
+        "prefixes and addresses that no host has": "tests/unit/config/test_golden.py::test_golden",
+    },
 }
 """Of a kind: what the sibling is, and its test. Kinds that are not here have none listed yet."""

@@ -329,16 +329,18 @@ class Client:
             RefusedError: it cannot start; `code` says why.
             OSError: the boot image cannot be opened.
         """
+        from vmm_kvm.absolute import absolute  # noqa: PLC0415 - only here
+
         wanted = {**_named(name), **fields}
         if disks:
-            wanted["disks"] = [{"path": os.path.abspath(path)} for path in disks]
+            wanted["disks"] = [{"path": absolute(path)} for path in disks]
         if template:
             wanted["instance"] = template
         if boot is None:
             return _started(self.ask("start", "started", wanted))
         fd = os.open(boot, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            wanted |= {"kernel": 0, "kernel_path": os.path.abspath(boot)}
+            wanted |= {"kernel": 0, "kernel_path": absolute(boot)}
             return _started(self.ask("start", "started", wanted, [fd]))
         finally:
             os.close(fd)

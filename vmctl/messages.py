@@ -31,6 +31,6 @@ def choice(words: Sequence[str]) -> str:
 def bytes_hint(text: str, unit: str) -> str:
     """Return a second line for a size without a unit, as people type it: it is in bytes."""
     number = text.strip()
-    if not number.isdecimal() or not number.strip("0"):
+    if not (number.isascii() and number.isdecimal()) or not number.strip("0"):
         return ""
     return f"\n{number} is a number of bytes: did you mean {number}{unit}?"

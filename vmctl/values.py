@@ -9,6 +9,8 @@ from vmm_kvm.errors import SpecError
 from vmm_kvm.limits import MEMORY_MAX, MEMORY_MIN, VCPUS_MAX
 from vmm_kvm.record import Record
 
+_DIGITS_MAX = 100
+
 
 class VmOptions(Record):
     """Options that say the same in `vmctl start` and `vmctl run`, as typed.
@@ -96,10 +98,11 @@ def number_of(text: str, what: str, largest: int) -> int:
     Raises:
         SpecError: it is none, or too small or too large.
     """
-    try:
-        value = int(text)
-    except ValueError:
-        raise SpecError(f"{what} is invalid: {text}") from None
+    digits = text.strip()
+    digits = digits[1:] if digits[:1] in {"+", "-"} else digits
+    if not (digits.isascii() and digits.isdecimal()) or len(digits) > _DIGITS_MAX:
+        raise SpecError(f"{what} is invalid: {text}")
+    value = int(text)
     if not 1 <= value <= largest:
         raise SpecError(f"{what} is too {'small' if value < 1 else 'large'}: {text}")
     return value

@@ -49,9 +49,11 @@ def _check(options: Options) -> int:
             sys.stderr.write(f"vmd: could not parse macro definition {printable(text)}\n")
         else:
             macros[macro[0]] = macro[1]
-    default = user_config(os.environ) if options.is_user else SYSTEM_CONFIG
+    path = options.config
+    if path is None:
+        path = user_config(os.environ) if options.is_user else SYSTEM_CONFIG
     lines, status = check(
-        options.config or default or os.devnull,
+        os.devnull if path is None else path,
         macros,
         is_optional=options.config is None,
         is_verbose=options.verbosity > 0,

@@ -60,6 +60,7 @@ from vmd.shared import log as logging
 from vmd.shared.paths import SYSTEM_CONFIG, SYSTEM_SOCKET, state_directory, user_config, user_socket
 from vmd.shared.privsep import RESTARTS_S, Child, Plan, Restarts, orphans, spawn, wait_for
 from vmd.zygote.warm.entry import Warmth, WarmthError
+from vmm_kvm.absolute import absolute
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
@@ -122,16 +123,18 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
         listener = inherited_socket(os.environ)
         path = None
         if listener is None:
-            path = str(Path(_socket_path(options)).absolute())
+            path = _absolute(_socket_path(options))
             listener = listen(path)
             stack.callback(_remove, path)
         stack.callback(listener.close)
         set_socket_owner = _nobody_else if options.is_user else _socket_owner(path, listener)
     except (SandboxError, ServiceError, ListenerError, UidsError, WarmthError) as err:
         raise StartError(str(err)) from err
-    config = options.config or (user_config(os.environ) if options.is_user else SYSTEM_CONFIG)
+    config = options.config
+    if config is None:
+        config = user_config(os.environ) if options.is_user else SYSTEM_CONFIG
     settings = Settings(
-        path=config or os.devnull,
+        path=os.devnull if config is None else config,
         skips_broken=options.skips_broken,
         is_user=options.is_user,
         # Relative paths begin where the daemon was started, wherever it goes.
@@ -221,6 +224,13 @@ def _open_kvm() -> int:
         hint = open_hint(_KVM, err.errno)
         advice = f" ({hint})" if hint else ""
         raise StartError(f"{_KVM}: {err.strerror}{advice}") from err
+
+
+def _absolute(path: str) -> str:
+    try:
+        return absolute(path)
+    except FileNotFoundError as err:
+        raise StartError(f"--socket {path}: {err.strerror}") from err
 
 
 def _socket_path(options: Options) -> str:

@@ -90,6 +90,6 @@ def parse_options(arguments: Sequence[str]) -> Options:
 
 
 def _number(name: str, text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= ZYGOTES_MAX:
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= ZYGOTES_MAX:
         raise UsageError(f"{name} {text}: not a number from 1 to {ZYGOTES_MAX}")
     return int(text)

@@ -8,6 +8,7 @@ Source: sections 3.8 and 3.11 of OpenBSD's behaviour.
 import os
 import sys
 from collections.abc import Sequence
+from errno import ENAMETOOLONG
 
 from vmctl.client import (
     Client,
@@ -19,8 +20,11 @@ from vmctl.client import (
 )
 from vmctl.messages import fail
 from vmctl.moment import moment
+from vmm_kvm.absolute import absolute
 from vmm_kvm.text import printable
 
+_PATH_MAX = 4095
+"""Bytes of a path. Source: Linux, PATH_MAX, which counts a NUL."""
 _RESET_MODES = ("all", "vms", "switches")
 
 
@@ -50,7 +54,13 @@ def _named(kind: str, word: str, **fields: object) -> int:
 def load(words: Sequence[str]) -> int:
     """Let the daemon read another configuration file."""
     # Unlike OpenBSD's: a relative path begins in the user's directory, not in the daemon's.
-    return _plain("load", path=os.path.abspath(words[0]))
+    try:
+        path = absolute(words[0])
+    except FileNotFoundError as err:
+        return fail(f"failed to open {words[0]}: {err.strerror}")
+    if len(os.fsencode(path)) > _PATH_MAX:
+        return fail(f"failed to open {words[0]}: {os.strerror(ENAMETOOLONG)}")
+    return _plain("load", path=path)
 
 
 def reload(_words: Sequence[str] = ()) -> int:

@@ -91,7 +91,7 @@ def _failed(why: str) -> int:
 
 def _name(word: str) -> str:
     """Return the name of a VM; an id is none."""
-    if parse_target(word).id or word.isdecimal():
+    if parse_target(word).id or (word.isascii() and word.isdecimal()):
         raise CommandError(f"invalid id: {word}")
     check_name(word)
     return word

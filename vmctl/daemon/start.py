@@ -332,7 +332,7 @@ def _interfaces(options: StartOptions, count: str | None) -> list[Fields]:
     for switch in options.switches:
         if not switch:
             raise CommandError(f"invalid network: {switch}")
-        if len(switch) > NAME_MAX:
+        if len(os.fsencode(switch)) > NAME_MAX:
             raise CommandError("interface name too long")
         # OpenBSD's vmctl accepts a dot for a local interface.
         interfaces.append({"is_local": True} if switch == "." else {"switch": switch})

@@ -19,6 +19,7 @@ from vmd.config.disks import (
     check_distinct,
     parse_disk,
 )
+from vmm_kvm.absolute import absolute
 from vmm_kvm.block.image import Format, Image
 from vmm_kvm.errors import SpecError
 from vmm_kvm.images.opening import open_disc, open_image
@@ -79,7 +80,9 @@ def refuse_twice(texts: Sequence[str]) -> None:
     """
     disks = [_parse(text) for text in texts]
     try:
-        check_distinct([disk._replace(path=os.path.realpath(disk.path)) for disk in disks])
+        check_distinct(
+            [disk._replace(path=os.path.realpath(absolute(disk.path))) for disk in disks]
+        )
     except DiskError as err:
         raise SpecError(str(err)) from None
 

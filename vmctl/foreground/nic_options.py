@@ -25,18 +25,20 @@ Options:
                      vmd.config.forwards
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from vmctl.messages import choice
 from vmd.config.forwards import ForwardError, check_ports, parse_forward
 from vmd.config.model import ForwardConfig
+from vmd.config.values import ValueRefusedError, bridge_of, interface_of, lladdr_of
 from vmm_kvm.errors import SpecError
 from vmm_kvm.limits import MTU_DEFAULT, MTU_MAX, MTU_MIN, QUEUE_PAIRS_MAX
 from vmm_kvm.net.ethernet import parse_lladdr
 
 NICS_MAX = 16
+_Value = TypeVar("_Value")
 
 
 class NicKind(StrEnum):
@@ -98,11 +100,11 @@ def read_nics(
     nics, least = [], 0
     for text in texts:
         if text.isdecimal():
-            least = _number(text, 0, NICS_MAX, f"{text}: count")
+            least = _number(text, 0, NICS_MAX, "count", "")
         else:
             nics.append(parse_nic(text))
     local += bridges.count(".")
-    nics += [NicOption(NicKind.BRIDGE, bridge) for bridge in bridges if bridge != "."]
+    nics += [NicOption(NicKind.BRIDGE, _bridge(each)) for each in bridges if each != "."]
     nics += [NicOption(NicKind.PASST)] * local
     if forwards:
         nics = _with_forwards(nics, forwards)
@@ -140,6 +142,8 @@ def parse_nic(text: str) -> NicOption:
     if bool(what) != (nic.kind in _NAMED):
         problem = "has no name" if not what else "takes no name"
         raise SpecError(f"invalid interface: {text}: {word} {problem}")
+    if nic.kind in _TAPS:
+        _named(interface_of if nic.kind is NicKind.TAP else bridge_of, what, f"{text}: ")
     for option in options:
         name, equals, value = option.partition("=")
         if name not in _KINDS or bool(equals) != (name in _WITH_VALUE):
@@ -148,6 +152,10 @@ def parse_nic(text: str) -> NicOption:
         if nic.kind not in _KINDS[name]:
             raise SpecError(f"invalid interface: {text}: {name} is not for {nic.kind}")
         nic = _with_option(nic, name, value, text)
+    try:
+        check_ports(nic.forwards)
+    except ForwardError as err:
+        raise SpecError(f"invalid interface: {text}: {err}") from None
     if nic.is_user and nic.is_process:
         raise SpecError(f"invalid interface: {text}: user and process exclude each other")
     return nic
@@ -156,13 +164,14 @@ def parse_nic(text: str) -> NicOption:
 def _with_option(nic: NicOption, name: str, value: str, text: str) -> NicOption:
     match name:
         case "lladdr":
-            return nic._replace(lladdr=_address(value, text))
+            lladdr = _named(lladdr_of, value, f"{text}: ")
+            return nic._replace(lladdr=None if lladdr is None else parse_lladdr(lladdr))
         case "locked":
             return nic._replace(is_locked=True)
         case "mtu":
-            return nic._replace(mtu=_number(value, MTU_MIN, MTU_MAX, f"{text}: mtu"))
+            return nic._replace(mtu=_number(value, MTU_MIN, MTU_MAX, "mtu", f"{text}: "))
         case "queues":
-            queues = _number(value, 1, QUEUE_PAIRS_MAX, f"{text}: queues")
+            queues = _number(value, 1, QUEUE_PAIRS_MAX, "queues", f"{text}: ")
             return nic._replace(queues=queues)
         case "user":
             return nic._replace(is_user=True)
@@ -174,18 +183,26 @@ def _with_option(nic: NicOption, name: str, value: str, text: str) -> NicOption:
             )
 
 
-def _number(value: str, least: int, most: int, what: str) -> int:
-    is_number = value.isdecimal() and len(value) <= len(str(most))
+def _number(value: str, least: int, most: int, what: str, where: str) -> int:
+    is_number = value.isascii() and value.isdecimal() and len(value) <= len(str(most))
     if not is_number or not least <= int(value) <= most:
-        raise SpecError(f"invalid interface: {what}: not {least} to {most}")
+        raise SpecError(f"invalid interface: {where}invalid {what}: {value}: not {least} to {most}")
     return int(value)
 
 
-def _address(value: str, text: str) -> bytes:
+def _named(check: Callable[[str], _Value], value: str, where: str) -> _Value:
+    """Return the result of a check that vm.conf has too, or complain in its words."""
     try:
-        return parse_lladdr(value)
-    except ValueError as err:
-        raise SpecError(f"invalid interface: {text}: {err}") from None
+        return check(value)
+    except ValueRefusedError as err:
+        raise SpecError(f"invalid interface: {where}{err}") from None
+
+
+def _bridge(name: str) -> str:
+    try:
+        return bridge_of(name)
+    except ValueRefusedError as err:
+        raise SpecError(str(err)) from None
 
 
 def _forward(text: str, where: str = "") -> ForwardConfig:

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmctl.foreground.endings import EXIT_ERROR, EXIT_KILLED, Ended, reason_of, status_of
+from vmctl.foreground.faults import told
 from vmctl.foreground.stdio import Stdio
 from vmctl.messages import CONSOLE_CONDITION, choice, fail
 from vmctl.report import EXIT_TIMEOUT, Report
@@ -128,7 +129,7 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
             if options.as_json and foreground.leaves_line_open:
                 os.write(1, b"\n")
     except (VmmError, OSError) as err:
-        status, message = EXIT_ERROR, str(err)
+        status, message = EXIT_ERROR, told(err)
     if message:
         fail(message)
     try:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 from vmctl.client import CommandError
+from vmctl.foreground.faults import told
 from vmctl.foreground.root_guest import ROOT_TAG, find_kernel, initramfs
 from vmctl.guest.access import agent_of
 from vmctl.guest.agent import AgentError
@@ -28,6 +29,7 @@ from vmctl.report import EXIT_TIMEOUT
 from vmctl.signals import cleaning_up
 from vmctl.values import once
 from vmd.confine.sandbox import die_with
+from vmm_kvm.absolute import working_directory
 from vmm_kvm.errors import SpecError
 from vmm_kvm.text import printable
 
@@ -91,7 +93,7 @@ def run_command(
             vm = _Vm(name, given, run, stack)
             return vm.execute(command)
     except (CommandError, SpecError, OSError) as err:
-        fail(err)
+        fail(told(err))
         return EXIT_ERROR
 
 
@@ -119,6 +121,7 @@ class _Vm:
         stack: ExitStack,
     ) -> None:
         """Start it; `given` are the fields of RunOptions that the user has given."""
+        self._directory = working_directory()
         is_writable = bool(given.get("is_writable"))
         boot = given.get("boot", ())
         kernel = find_kernel(once(boot, "boot image") if isinstance(boot, tuple) else None)
@@ -165,7 +168,7 @@ class _Vm:
             command,
             interactive=True,
             terminal=has_terminal,
-            directory=str(Path.cwd()),
+            directory=self._directory,
             environment=environment,
         )
         if status == EXIT_NO_CONNECTION and self._has_ended(BOOT_S / 100) == EXIT_TIMEOUT:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from vmctl.images.sources import check_name
 from vmd.config.disks import DiskKind, DiskOption, writes_image
+from vmm_kvm.absolute import absolute
 from vmm_kvm.errors import ImageError, SpecError
 from vmm_kvm.text import printable
 
@@ -56,7 +57,7 @@ class Stored(NamedTuple):
 def _own() -> str:
     """Return the directory of this user's store."""
     if chosen := os.environ.get("VMCTL_IMAGES"):
-        return os.path.abspath(chosen)
+        return absolute(chosen)
     if not os.geteuid():
         return _SYSTEM
     base = os.environ.get("XDG_DATA_HOME", "")

@@ -64,7 +64,7 @@ def _line(vm: VmConfig, text: str) -> str:
 def _of_one(vm: VmConfig, switches: set[str], is_user: bool, memory_size: int) -> Iterator[str]:
     if vm.memory is not None and vm.memory > memory_size:
         yield f"{vm.memory >> 20} MB of memory, but this host has {memory_size >> 20} MB"
-    if vm.name.isdecimal() and int(vm.name) <= _ID_MAX:
+    if vm.name.isascii() and vm.name.isdecimal() and int(vm.name) <= _ID_MAX:
         yield "vmctl takes a number for an id"
     paths = [disk.path for disk in vm.disks if disk.kind is not DiskKind.VHOST_USER]
     for path in dict.fromkeys(path for path in paths if paths.count(path) > 1):

@@ -181,7 +181,8 @@ def with_option(disk: DiskOption, word: str, value: str = "") -> DiskOption:
             return disk._replace(serial=value)
         case _:
             # No more digits than int() takes.
-            is_number = value.isdecimal() and len(value) <= len(str(DISK_QUEUES_MAX))
+            is_number = value.isascii() and value.isdecimal()
+            is_number = is_number and len(value) <= len(str(DISK_QUEUES_MAX))
             if not is_number or not 1 <= int(value) <= DISK_QUEUES_MAX:
                 raise DiskError(f"queues are 1 to {DISK_QUEUES_MAX}")
             return disk._replace(queues=int(value))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from vmd.config.model import ForwardConfig
 from vmm_kvm.limits import PORT_MAX
+from vmm_kvm.net.inet import is_of_host
 
 PROTOCOLS = ("tcp", "udp")
 LOOPBACK = "127.0.0.1"
@@ -60,7 +61,8 @@ def host_address(text: str) -> str:
     """
     if text in _UNSPECIFIED:
         return ""
-    if not (_is_address(text, is_six=False) or _is_address(text, is_six=True)):
+    address = _packed(text, is_six=False) or _packed(text, is_six=True)
+    if not address or not is_of_host(address):
         raise ForwardError(f"invalid address to forward from: {text}")
     return text
 
@@ -69,32 +71,32 @@ def _address(rest: str, text: str) -> tuple[str, str]:
     """Return the address, empty for all, and what follows."""
     if rest.startswith("["):
         address, bracket, ports = rest[1:].partition("]:")
-        if not bracket or not _is_address(address, is_six=True):
+        if not bracket or not _packed(address, is_six=True):
             raise _invalid(text)
         return host_address(address), ports
     word, colon, ports = rest.partition(":")
     if colon and (word == ANY or "." in word):
-        if word != ANY and not _is_address(word, is_six=False):
+        if word != ANY and not _packed(word, is_six=False):
             raise _invalid(text)
         return host_address(word), ports
     return LOOPBACK, rest
 
 
-def _is_address(text: str, *, is_six: bool) -> bool:
+def _packed(text: str, *, is_six: bool) -> bytes | None:
+    """Return the bytes of an address of one family; None if it is none."""
     import socket  # noqa: PLC0415 - few files have an address
 
     try:
-        socket.inet_pton(socket.AF_INET6 if is_six else socket.AF_INET, text)
+        return socket.inet_pton(socket.AF_INET6 if is_six else socket.AF_INET, text)
     except (OSError, ValueError):
-        return False
-    return True
+        return None
 
 
 def _port(text: str, whole: str) -> int:
     if not text.isascii() or not text.isdecimal() or len(text) > len(str(PORT_MAX)):
         raise _invalid(whole)
     if not 1 <= int(text) <= PORT_MAX:
-        raise ForwardError(f"invalid forward: {whole}: port {text} is not 1 to {PORT_MAX}")
+        raise ForwardError(f"invalid forward: {whole}: invalid port: {text}: not 1 to {PORT_MAX}")
     return int(text)
 
 

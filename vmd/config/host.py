@@ -52,20 +52,18 @@ class SystemHost:
     def __init__(self, directory: str | None = None) -> None:
         """Let relative paths begin in `directory`; None for the present working directory.
 
-        The root stands in for a working directory that has been removed.
+        One that has been removed has the name by which Linux calls it, `... (deleted)`, where
+        nothing is found.
         """
-        if directory is None:
-            try:
-                directory = os.getcwd()
-            except FileNotFoundError:
-                directory = "/"
-        self._directory = directory
+        self._directory = os.readlink("/proc/self/cwd") if directory is None else directory
 
     def read_file(self, path: str) -> FileText:
         """Read a file, at most SIZE_MAX bytes; raises OSError.
 
         A pipe or a terminal that gives nothing for PATIENCE_S holds nobody up any longer.
         """
+        if not path:
+            raise OSError(ENOENT, os.strerror(ENOENT), path)
         fd = os.open(self.absolute(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         try:
             status = os.fstat(fd)

@@ -3,7 +3,7 @@
 Source: sections 4.2, 4.4 and 4.5 of OpenBSD's behaviour.
 """
 
-from vmd.config.forwards import ANY, LOOPBACK, ForwardError, host_address
+from vmd.config.forwards import ANY, LOOPBACK, ForwardError, check_ports, host_address
 from vmd.config.grammar import Tokens
 from vmd.config.model import FORWARDS_MAX, RDOMAIN_MAX, ForwardConfig, InterfaceConfig, SwitchConfig
 from vmd.config.values import address_of, bridge_of, byte_length, group_of, lladdr_of, tap_of
@@ -29,6 +29,8 @@ class SwitchRule:
         tokens = self._tokens
         tokens.expect("switch")
         name = tokens.string()
+        if byte_length(name) > NAME_MAX:
+            tokens.refuse(f"switch name too long: {name}")
         self._switch = SwitchConfig(name, interface="")
         tokens.block(self._option)
         switch = self._switch
@@ -182,20 +184,25 @@ class InterfaceRule:
         to_port = _number(tokens, "port", 1, PORT_MAX)
         if not interface.is_local:
             tokens.refuse("forward is for local interfaces")
-        if any((protocol, port) == each[:2] for each in interface.forwards):
-            tokens.refuse(f"forward {protocol} {port} specified more than once")
         if len(interface.forwards) >= FORWARDS_MAX:
             tokens.refuse("too many forwards")
-        forward = ForwardConfig(protocol, port, to_port, address)
-        return interface._replace(forwards=(*interface.forwards, forward))
+        forwards = (*interface.forwards, ForwardConfig(protocol, port, to_port, address))
+        try:
+            check_ports(forwards)
+        except ForwardError as err:
+            tokens.refuse(str(err))
+        return interface._replace(forwards=forwards)
 
 
 def _rdomain(tokens: Tokens) -> int:
-    return _number(tokens, "rdomain", 0, RDOMAIN_MAX)
+    number = tokens.number()
+    if not 0 <= number <= RDOMAIN_MAX:
+        tokens.refuse(f"invalid rdomain: {number}")
+    return number
 
 
 def _number(tokens: Tokens, what: str, least: int, most: int) -> int:
     number = tokens.number()
     if not least <= number <= most:
-        tokens.refuse(f"invalid {what}: {number}")
+        tokens.refuse(f"invalid {what}: {number}: not {least} to {most}")
     return number

@@ -216,8 +216,8 @@ class _Parser:
         for each in paths:
             try:
                 file = self._host.read_file(each)
-            except OSError:
-                tokens.refuse(f"failed to include file {each}")
+            except OSError as err:
+                tokens.refuse(f"failed to include file {each}: {err.strerror}")
             if file.complaint is not None:
                 self.notes.append(f"{each}: {file.complaint}")
             files.append((each, file.data))

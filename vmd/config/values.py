@@ -9,10 +9,15 @@ from vmd.config.model import Prefix
 from vmd.config.sizes import SizeError, scan_scaled
 from vmm_kvm.limits import INTERFACE_NAME_MAX, MEMORY_MAX, MEMORY_MIN
 from vmm_kvm.net.ethernet import parse_lladdr
+from vmm_kvm.net.inet import is_of_host
 
 _MIB = 1 << 20
+_IPV4 = 4
 _TAP_UNIT_MAX = (1 << 32) - 1
 _PREFIX4_BITS_MAX = 16
+_LOOPBACK4 = 127
+_CLASS_BITS = 8
+"""Of the prefixes of addresses that no host has."""
 _PREFIX4_BITS_DEFAULT = 16
 _PREFIX6_BITS_MAX = 64
 _PREFIX6_BITS_DEFAULT = 64
@@ -20,6 +25,8 @@ _NOT_NUMERIC = "name or service is not known"
 _NO_ADDRESS = re.compile(r"00?(?::00?){5}")
 _OCTETS = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){0,3}")
 _INTERFACE = re.compile(r"[^\s/:]+")
+_NO_INTERFACES = frozenset({".", "..", "all", "default"})
+"""The last two are directories of settings, in /proc/sys/net/ipv4/conf."""
 _NUMBER = re.compile(r"[-+]?[0-9]+")
 _TAP = re.compile(r"tap[0-9]+")
 
@@ -60,8 +67,8 @@ def lladdr_of(text: str) -> str | None:
         return None
     try:
         return parse_lladdr(text).hex(":")
-    except ValueError:
-        raise ValueRefusedError(f"invalid address: {text}") from None
+    except ValueError as err:
+        raise ValueRefusedError(str(err)) from None
 
 
 def tap_of(name: str) -> str | None:
@@ -74,9 +81,25 @@ def tap_of(name: str) -> str | None:
         return None
     if not _TAP.fullmatch(name) or _is_more(name[3:], _TAP_UNIT_MAX):
         raise ValueRefusedError(f"invalid interface: {name}")
-    if len(name) > INTERFACE_NAME_MAX:
+    return interface_of(name)
+
+
+def interface_of(name: str) -> str:
+    """Return the name of an interface of the host, which Linux may take or not.
+
+    Raises:
+        ValueRefusedError: no interface can have it.
+    """
+    if not _can_be_interface(name):
+        raise ValueRefusedError(f"invalid interface: {name}")
+    if byte_length(name) > INTERFACE_NAME_MAX:
         raise ValueRefusedError(f"interface name too long: {name}")
     return name
+
+
+def _can_be_interface(name: str) -> bool:
+    """Tell whether a name, however long, has nothing in it that Linux refuses."""
+    return bool(_INTERFACE.fullmatch(name)) and name not in _NO_INTERFACES and name.isprintable()
 
 
 def bridge_of(name: str) -> str:
@@ -87,7 +110,7 @@ def bridge_of(name: str) -> str:
     Raises:
         ValueRefusedError: it cannot be the name of an interface.
     """
-    if not _INTERFACE.fullmatch(name) or name in {".", ".."} or not name.isprintable():
+    if not _can_be_interface(name):
         raise ValueRefusedError(f"invalid switch interface: {name}")
     if byte_length(name) > INTERFACE_NAME_MAX:
         raise ValueRefusedError(f"switch interface too long: {name}")
@@ -106,9 +129,12 @@ def address_of(text: str) -> str:
         found = ip_interface(text)
     except ValueError:
         raise ValueRefusedError(f"invalid address: {text}") from None
-    is_whole = "/" in text and "%" not in text
-    if not is_whole or found.ip.is_multicast or found.ip.is_unspecified:
+    if "/" not in text or "%" in text or not found.network.prefixlen:
         raise ValueRefusedError(f"invalid address: {text}")
+    ends = {found.network.network_address, found.network.broadcast_address}
+    is_end = found.version == _IPV4 and found.network.num_addresses > len(ends) and found.ip in ends
+    if not is_of_host(found.packed) or found.ip.is_loopback or is_end:
+        raise ValueRefusedError(f"invalid address: {text}: no host has it")
     return str(found)
 
 
@@ -134,8 +160,11 @@ def prefix4_of(text: str) -> Prefix:
     octets = (address if slash else text).split(".")
     if not _OCTETS.fullmatch(".".join(octets)) or any(int(octet) > 255 for octet in octets):
         raise ValueRefusedError("invalid format")
-    number = int.from_bytes(bytes(map(int, octets)).ljust(4, b"\0"), "big")
-    return _checked(Prefix(number, bits), 32)
+    address4 = bytes(map(int, octets)).ljust(4, b"\0")
+    prefix = _checked(Prefix(int.from_bytes(address4, "big"), bits), 32)
+    if bits >= _CLASS_BITS and (not is_of_host(address4) or address4[0] == _LOOPBACK4):
+        raise ValueRefusedError("no host has such an address")
+    return prefix
 
 
 def prefix6_of(text: str) -> Prefix:
@@ -154,7 +183,10 @@ def prefix6_of(text: str) -> Prefix:
         raise ValueRefusedError(_NOT_NUMERIC) from None
     if found.scope_id is not None:
         raise ValueRefusedError(_NOT_NUMERIC)
-    return _checked(Prefix(int(found), bits), 128)
+    prefix = _checked(Prefix(int(found), bits), 128)
+    if bits >= _CLASS_BITS and not is_of_host(found.packed):
+        raise ValueRefusedError("no host has such an address")
+    return prefix
 
 
 def _checked(prefix: Prefix, width: int) -> Prefix:

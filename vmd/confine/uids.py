@@ -81,7 +81,7 @@ def parse_range(text: str) -> UidRange:
         UidsError: it is none, or one that no filter can express.
     """
     first_text, _, count_text = text.partition(":")
-    if not (first_text.isdecimal() and count_text.isdecimal()):
+    if not (text.isascii() and first_text.isdecimal() and count_text.isdecimal()):
         raise UidsError(f"uids {text}: not first:count")
     found = UidRange(int(first_text), int(count_text))
     smallest = PARTS * _PART_MIN

@@ -32,10 +32,10 @@ def parse_lladdr(written: str) -> bytes:
         ValueError: it is written otherwise, or is multicast or zero, which no station has.
     """
     if not _WRITTEN.fullmatch(written):
-        raise ValueError(f"not an address: {written}")
+        raise ValueError(f"invalid address: {written}")
     address = bytes(int(part, 16) for part in written.split(":"))
     if is_group(address) or not any(address):
-        raise ValueError(f"not an address of one station: {written}")
+        raise ValueError(f"invalid address: {written}: no station has it")
     return address
 
 

@@ -13,7 +13,21 @@ BROADCAST = b"\xff" * 6
 PROTOCOL_UDP, PROTOCOL_ICMPV6 = 17, 58
 _IPV4 = struct.Struct(">BBHHHBBH4s4s")
 _UDP = struct.Struct(">HHHH")
+_SIZE4 = 4
+_MULTICAST4, _BROADCAST4 = 0xE, b"\xff" * 4
+_MULTICAST6 = 0xFF
 _FRAGMENT = 0x3FFF  # more fragments, and the offset
+
+
+def is_of_host(address: bytes) -> bool:
+    """Tell whether one host can have an IPv4 or IPv6 address, of 4 or 16 bytes.
+
+    Source: RFC 1122 §3.2.1.3; RFC 4291 §2.4.
+    """
+    if len(address) == _SIZE4:
+        is_multicast = address[0] >> 4 == _MULTICAST4
+        return not (is_multicast or address[0] == 0 or address == _BROADCAST4)
+    return address[0] != _MULTICAST6 and any(address)
 
 
 class Udp(NamedTuple):

@@ -24,6 +24,9 @@ from vmd.config.parser import parse_config
 from vmd.config.text import config_lines, quoted
 from vmm_kvm.boot_device import BootDevice
 
+NO_HOST4 = {127, *range(224, 240)}
+"""First bytes of IPv4 addresses that no host has on a network."""
+
 
 def read_again(config: Config) -> Config:
     """Write a configuration and read it again, without the places of VMs."""
@@ -167,12 +170,19 @@ def vms(draw: st.DrawFn) -> VmConfig:
     )
 
 
+def _is_unicast(number: int, bits: int, no_host: set[int]) -> bool:
+    """Tell whether hosts can have addresses of a prefix, by its first byte."""
+    return bits < 8 or (number != 0 and number >> (bits - 8) not in {0, *no_host})
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
     """Make a configuration that a file can describe."""
     bits, bits6 = draw(st.integers(1, 16)), draw(st.integers(0, 64))
-    prefix = Prefix(draw(st.integers(0, (1 << bits) - 1)) << (32 - bits), bits)
-    prefix6 = Prefix(draw(st.integers(0, (1 << bits6) - 1)) << (128 - bits6), bits6)
+    first = st.integers(0, (1 << bits) - 1).filter(lambda one: _is_unicast(one, bits, NO_HOST4))
+    first6 = st.integers(0, (1 << bits6) - 1).filter(lambda one: _is_unicast(one, bits6, {0xFF}))
+    prefix = Prefix(draw(first) << (32 - bits), bits)
+    prefix6 = Prefix(draw(first6) << (128 - bits6), bits6)
     is_inet6 = draw(st.booleans())
     local_prefix = draw(st.none() | st.just(prefix))
     return Config(

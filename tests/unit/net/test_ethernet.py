@@ -70,5 +70,5 @@ def test_addresses_of_stations() -> None:
 )
 def test_what_no_station_has(written: str) -> None:
     """Other notations, group addresses, broadcast and zero are refused."""
-    with pytest.raises(ValueError, match=r"^not an address"):
+    with pytest.raises(ValueError, match=r"^invalid address: "):
         parse_lladdr(written)

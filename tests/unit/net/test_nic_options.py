@@ -53,17 +53,17 @@ def test_interfaces(text: str, expected: NicOption) -> None:
         ("tap:t,fast", "unknown option 'fast'"),
         ("tap:t,locked=1", "unknown option 'locked=1'"),
         ("tap:t,queues", "unknown option 'queues'"),
-        ("tap:t,queues=17", "queues: not 1 to 16"),
-        ("tap:t,mtu=67", "mtu: not 68 to 65521"),
-        ("tap:t,mtu=" + "9" * 5000, "mtu: not 68 to 65521"),
+        ("tap:t,queues=17", "invalid queues: 17: not 1 to 16"),
+        ("tap:t,mtu=67", "invalid mtu: 67: not 68 to 65521"),
+        ("tap:t,mtu=" + "9" * 5000, "9: not 68 to 65521"),
         ("passt,queues=2", "queues is not for passt"),
         ("vhost-user:s,locked", "locked is not for vhost-user"),
         ("tap:t,forward=tcp:1", "forward is not for tap"),
         ("passt,forward=sctp:1", "invalid forward: sctp:1: not tcp|udp:[address:]port[:port]"),
-        ("passt,forward=tcp:0", "port 0 is not 1 to 65535"),
+        ("passt,forward=tcp:0", "invalid port: 0: not 1 to 65535"),
         ("passt,forward=tcp:1:2:3", "not tcp|udp:[address:]port[:port]"),
-        ("none,lladdr=01:00:5e:00:00:01", "not an address of one station: 01:00:5e:00:00:01"),
-        ("none,lladdr=fee1bb000001", "not an address: fee1bb000001"),
+        ("none,lladdr=01:00:5e:00:00:01", "invalid address: 01:00:5e:00:00:01: no station has it"),
+        ("none,lladdr=fee1bb000001", "invalid address: fee1bb000001"),
         ("tap:t,user,process", "user and process exclude each other"),
     ],
 )
@@ -82,7 +82,7 @@ def test_counts() -> None:
     assert read_nics(["2"], local=1) == [local, none]
     assert read_nics(["3"], ["b"], local=1) == [parse_nic("bridge:b"), local, none]
     assert read_nics(["tap:t", "1"]) == [parse_nic("tap:t")]
-    with pytest.raises(SpecError, match="17: count: not 0 to 16"):
+    with pytest.raises(SpecError, match="invalid count: 17: not 0 to 16"):
         read_nics(["17"])
     with pytest.raises(SpecError, match="17 interfaces: 16 are possible"):
         read_nics(["none"] * 17)
