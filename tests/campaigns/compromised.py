@@ -1,11 +1,11 @@
 """Campaign: compromised processes of the daemon, which send all that their channel can carry.
 
 The daemon is a copy in which one kind of process is patched. A VM process floods vmm with reports,
-valid and not, with descriptors and texts, or stops reading. A disk process sends anything to its
-VM. The control process sends requests in the name of clients that do not exist, as fast as it can,
-and reads no answer.
+valid and not, with descriptors and texts, or stops reading. The process of a disk or a share sends
+anything to its VM. The control process sends requests in the name of clients that do not exist, as
+fast as it can, and reads no answer.
 
-A VM or disk process ends its own VM, alone. Control is ended and started again. The other VMs run
+A process of a VM ends its own VM, alone. Control is ended and started again. The other VMs run
 on, another user's status arrives within a second, and the parent's memory stays below a limit.
 """
 
@@ -49,13 +49,18 @@ def _title() -> str:
 
 def _vm_says(number: int) -> Callable[[socket.socket, random.Random], None]:
     """Return the actions of the process of the VM with this number on its channel."""
-    from vmd.wire import internal  # noqa: PLC0415 - in the daemon only
+    from vmd.wire import capture, internal, leaving  # noqa: PLC0415 - in the daemon only
     from vmd.wire.parts import Statistics  # noqa: PLC0415 - likewise
+    from vmm_kvm.errors import HaltReason  # noqa: PLC0415 - likewise
 
     wire = internal.VM_AND_VMM
     statistics = internal.VmStatistics(statistics=Statistics(), memory_used=0)
     ending = internal.VmEnding(reason=internal.EndReason.CRASHED, message="m" * 16384)
     reports: list[internal.VmReport] = [
+        capture.VmCaptured(),
+        leaving.VmSent(),
+        leaving.VmMigrating(message="m" * 16384),
+        internal.VmHalted(reason=HaltReason.IO_ERROR, message="m" * 16384),
         internal.VmStarted(),
         internal.VmPaused(),
         internal.VmUnpaused(),
@@ -88,7 +93,7 @@ def _vm_says(number: int) -> Callable[[socket.socket, random.Random], None]:
     return ways[number % len(ways)]
 
 
-VM_WAYS = 10
+VM_WAYS = 14
 DEAF = VM_WAYS - 1
 """The way of a process that neither sends nor reads."""
 
@@ -110,8 +115,8 @@ def _patch_vm(seed: int) -> None:
     VmProcess.run = patched  # type: ignore[method-assign]
 
 
-def _patch_disk(seed: int) -> None:
-    from vmd.device import process  # noqa: PLC0415 - in the daemon only
+def _patch_device(seed: int) -> None:
+    from vmd.device import process, share  # noqa: PLC0415 - in the daemon only
     from vmm_kvm.virtio.device import Backend  # noqa: PLC0415 - likewise
     from vmm_kvm.virtio.vhost_user.process import serve  # noqa: PLC0415 - likewise
 
@@ -126,12 +131,13 @@ def _patch_disk(seed: int) -> None:
         except OSError:
             return
 
-    vars(process)["serve"] = patched
+    for module in (process, share):
+        vars(module)["serve"] = patched
 
 
 def _patch_control(seed: int) -> None:
     from vmd.control import process  # noqa: PLC0415 - in the daemon only
-    from vmd.wire import internal, messages  # noqa: PLC0415 - likewise
+    from vmd.wire import internal, messages, ports, transfers  # noqa: PLC0415 - likewise
 
     begun = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the next control process
     serve = process.Control.__init__
@@ -150,6 +156,13 @@ def _patch_control(seed: int) -> None:
             messages.Wait(name="good"),
             messages.Console(name="good"),
             messages.Start(name="x", instance="good"),
+            messages.History(name="good"),
+            ports.Connect(name="good", port=1),
+            ports.Debug(name="good"),
+            transfers.Clone(name="good", clone="x%d", count=256),
+            transfers.Snapshot(name="good", file=0),
+            transfers.Snapshots(),
+            transfers.OpenSnapshot(snapshot="x"),
         ]
         if seed % 2:  # requests with an immediate answer, so that only the answers give it away
             requests = requests[:2]
@@ -170,7 +183,12 @@ def _patch_control(seed: int) -> None:
 
 CLIENTS = 500
 """The number of clients that control claims to have."""
-_PATCHES = {"vm": _patch_vm, "disk": _patch_disk, "control": _patch_control}
+_PATCHES = {
+    "vm": _patch_vm,
+    "disk": _patch_device,
+    "share": _patch_device,
+    "control": _patch_control,
+}
 
 
 def _be_daemon(kind: str, arguments: list[str]) -> None:
@@ -213,7 +231,8 @@ def run_vms(directory: Path, kind: str, rounds: int, seed: int) -> str:
         Failure: anything but that VM was affected.
     """
     (directory / "disk.evil").write_bytes(bytes(1 << 20))
-    line = f'disk "{directory}/disk.evil"' if kind == "disk" else ""
+    lines = {"disk": f'disk "{directory}/disk.evil"', "share": f'share "{directory}" tag "t"'}
+    line = lines.get(kind, "")
     config = vm_block("good", enabled=True, memory="8M") + "".join(
         vm_block(f"{EVIL}{number}", line, memory="8M") for number in range(rounds)
     )
@@ -273,6 +292,7 @@ def main() -> int:
         lines = [
             run_vms(directory, "vm", given.count, given.seed),
             run_vms(directory, "disk", given.count, given.seed),
+            run_vms(directory, "share", given.count, given.seed),
             run_control(directory, 1),
             run_control(directory, 2),
         ]

@@ -51,7 +51,7 @@ _FLOOD_SHARE = 0.005
 _RESUMED_SHARE = 0.2
 _DEPTH = 5000
 
-_REQUESTS: tuple[dict[str, object], ...] = (
+REQUESTS: tuple[dict[str, object], ...] = (
     {"type": "status", "serial": 1},
     {"type": "start", "serial": 2, "name": "one", "kernel": 0, "memory": 1 << 26},
     {"type": "start", "name": "x" * 64, "disks": [{"path": "/etc/shadow"}]},
@@ -63,7 +63,44 @@ _REQUESTS: tuple[dict[str, object], ...] = (
     {"type": "reset", "mode": "all"},
     {"type": "log", "level": 2},
     {"type": "events"},
+    {"type": "hold"},
+    {"type": "unpause", "name": "one", "force": True},
+    {"type": "connect", "name": "one", "port": 22},
+    {"type": "debug", "name": "one"},
+    {"type": "history", "name": "one"},
+    {"type": "counts"},
+    {"type": "source"},
+    {"type": "reload"},
+    {"type": "send", "name": "one", "stream": 0, "replies": 1, "copies_storage": True},
+    {
+        "type": "receive",
+        "name": "two\n",
+        "stream": 0,
+        "manifest": "\x1b[2J" * 99,
+        "is_snapshot": True,
+        "is_copy": True,
+        "memory": 1 << 26,
+        "cpus": 1,
+        "boot": "/etc/shadow",
+    },
+    {"type": "snapshot", "name": "one", "snapshot": "../../etc", "file": 0},
+    {"type": "snapshots"},
+    {"type": "open-snapshot", "snapshot": "../0/one"},
+    {"type": "remove-snapshot", "snapshot": "\x1b]0;x\x07"},
+    {"type": "clone", "name": "one", "clone": "%d%d\n", "count": 256},
+    {
+        "type": "start",
+        "name": "y",
+        "instance": "one",
+        "has_tpm": True,
+        "has_vsock": True,
+        "shares": [{"path": "/root\x1b[1m", "tag": "t"}],
+        "interfaces": [
+            {"is_local": True, "forwards": [{"protocol": "tcp", "port": 22, "to_port": 22}]}
+        ],
+    },
 )
+"""At least one of each type."""
 
 
 @contextmanager
@@ -277,7 +314,7 @@ def run(directory: Path, count: int, seed: int) -> str:
             client.wait_for_state("one", "running")
         watch = Watch(vmd)
         # A daemon of an ordinary user grants every right to any client of its socket.
-        attacker = Attacker(vmd.socket, seed, _REQUESTS[:1] if is_user else _REQUESTS)
+        attacker = Attacker(vmd.socket, seed, REQUESTS[:1] if is_user else REQUESTS)
         try:
             _attack(attacker, watch, min(count, _WARM_UP))
             watch.remember()

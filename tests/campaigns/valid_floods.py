@@ -7,7 +7,8 @@ within two, and the memory of control and of the parent stays below a limit.
 
 Others start VMs under ever new names, which fail, and leave nothing; or ask for events by the
 thousand. Each request is answered once, a VM starts within a second, and the daemon ends at
-SIGTERM.
+SIGTERM. Others, who own VMs, send all that an owner may ask for, and more, and leave the answers
+with their descriptors unread.
 
 Any deviation is printed, and the exit status is 1.
 """
@@ -35,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 from tests.campaigns import daemon_campaign  # noqa: E402
 from tests.campaigns.daemon_campaign import Failure  # noqa: E402
 from tests.campaigns.hostile_clients import NOBODY, as_nobody  # noqa: E402
-from tests.system.vmd.daemon import Daemon, vm_block  # noqa: E402
+from tests.system.vmd.daemon import READY, Daemon, vm_block  # noqa: E402
 from vmd.shared.log import LINES_AT_ONCE, LINES_PER_S  # noqa: E402
 
 STATUS = b'{"type":"status","statistics":true}'
@@ -358,12 +359,127 @@ def run_starts(directory: Path, seconds: float) -> str:
     return told
 
 
+def _of_owners() -> Iterator[dict[str, object]]:
+    """Return requests of each type about VMs called `his` and `base`, without end."""
+    vm = {"name": "his"}
+    for number in itertools.count():
+        name = f"x{number}"
+        yield {"type": "status", "statistics": True, "interfaces": True, "devices": True}
+        yield {"type": "status", "gone": True}
+        yield {"type": "history", **vm}
+        yield {"type": "counts"}
+        yield {"type": "open-snapshot", "snapshot": "kept"}
+        yield {"type": "snapshots"}
+        yield {"type": "snapshot", "snapshot": name, **vm}
+        yield {"type": "remove-snapshot", "snapshot": name}
+        yield {"type": "connect", "port": number % 65536, **vm}
+        yield {"type": "console", **vm}
+        yield {"type": "debug", **vm}
+        yield {"type": "clone", "clone": name, **vm}
+        yield {"type": "clone", "clone": "x%d", "count": 256, **vm}
+        yield {"type": ("pause", "unpause")[number % 2], **vm}
+        yield {"type": "wait", **vm}
+        yield {"type": "stop", "in_order": True, "name": "base"}
+        yield {
+            "type": "receive",
+            "name": name,
+            "stream": 0,
+            "manifest": "x" * 60_000,
+            "is_snapshot": True,
+            "is_copy": True,
+            "memory": 1 << 26,
+            "cpus": 1,
+        }
+        yield {
+            "type": "start",
+            "name": name,
+            "instance": "base",
+            "shares": [{"path": f"/nowhere/{name}", "tag": "t"}],
+        }
+        yield {"type": "start", "name": name, "instance": "base", "append": "\x1b[2J\n" * 500}
+        for kind in ("hold", "reload", "source", "reset"):
+            yield {"type": kind}
+        yield {"type": "log", "level": 2}
+        yield {"type": "load", "path": "/etc/passwd"}
+        yield {"type": "send", "stream": 0, **vm}
+        yield {"type": "events"}
+
+
+TYPES_OF_OWNERS = frozenset(str(request["type"]) for request in itertools.islice(_of_owners(), 60))
+
+
+def run_owners(directory: Path, connections: int, seconds: float, *, patience: float = 1.0) -> str:
+    """Have an owner of VMs send requests of each type; returns a line to print. Needs root.
+
+    On a busy host, others may wait `patience` times as long as else.
+
+    Raises:
+        Failure: another user waits too long, cannot open a console, or loses a VM.
+    """
+    directory.chmod(0o711)
+    config = f"socket owner {NOBODY}\nlimit vms 4\nlimit snapshots 2\n"
+    owner = f"owner {NOBODY}"
+    config += vm_block("base", f"allow instance {{ boot, share, {owner} }}", memory="4M")
+    lines = (owner, "vsock", "allow snapshot")
+    config += vm_block("his", *lines, enabled=True, memory="4M")
+    config += vm_block("mine", enabled=True, memory="4M")
+    with Daemon(directory, config, is_user=False) as vmd:
+        with vmd.client() as client:
+            client.wait_for_state("his", "running")
+            mine = client.wait_for_state("mine", "running")["pid"]
+        with as_nobody():
+            client = vmd.client()
+        with client:
+            if (answer := client.ask("snapshot", name="his", snapshot="kept"))["type"] != "done":
+                raise Failure(f"snapshot: {answer}")
+        control = vmd.child("vmd: control")
+        requests = _of_owners()
+        flood = Flood(vmd.socket, connections, b"")
+        flood.make = lambda: json.dumps(next(requests)).encode()
+        slowest, slowest_console, largest, are_lost = 0.0, 0.0, [0, 0], False
+        flood.start()
+        try:
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                begun = time.monotonic()
+                with vmd.client() as client:
+                    found = client.vm("mine")["pid"]
+                slowest = max(slowest, time.monotonic() - begun)
+                are_lost = are_lost or found != mine
+                begun = time.monotonic()
+                with vmd.client() as client, client.console("mine") as console:
+                    console.expect(READY)
+                slowest_console = max(slowest_console, time.monotonic() - begun)
+                for at, pid in enumerate((control, vmd.process.pid)):
+                    largest[at] = max(largest[at], rss(pid))
+                time.sleep(_PROBES_S)
+        except BaseException:
+            print(vmd.log.read_text()[-3000:], file=sys.stderr)
+            raise
+        finally:
+            flood.stop()
+        log = vmd.log.read_text()
+    told = (
+        f"{flood.answers} answers to requests of {len(TYPES_OF_OWNERS)} types; another user's "
+        f"slowest status {slowest * 1e3:.0f} ms, slowest console {slowest_console * 1e3:.0f} ms; "
+        f"at most {largest[0] >> 20} MiB in control, {largest[1] >> 20} MiB in the parent"
+    )
+    are_slow = slowest > STATUS_MAX_S * patience or slowest_console > STATUS_MAX_S * patience
+    if are_slow or are_lost or max(largest) > RSS_MAX:
+        raise Failure(told)
+    if "\x1b" in log or "Traceback" in log:
+        raise Failure(f"{told}; the log has an escape sequence, or a bug")
+    return told
+
+
 def main() -> int:
     """Run the campaign; returns the exit status."""
 
     def run_all(directory: Path, given: argparse.Namespace) -> str:
         events = run_events(directory, given.events)
         starts = run_starts(directory, min(given.seconds, 30))
+        if os.geteuid() == 0:
+            starts += f"; {run_owners(directory, given.connections, min(given.seconds, 60))}"
         return f"{events}; {starts}; {run(directory, given.connections, given.seconds)}; no VM lost"
 
     options = {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import typing
 from pathlib import Path
 
 import pytest
 
 from tests.campaigns import compromised, hostile_clients, kill_daemon, reload_storm, valid_floods
 from tests.system.vmd.daemon import READY, Daemon, vm_block
+from vmd.wire.messages import AnyRequest
 
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(300)]
 
@@ -46,9 +48,11 @@ def test_floods_of_subscriptions(tmp_path: Path) -> None:
     assert "not answered once" in valid_floods.run_events(tmp_path, 16_000)
 
 
-@pytest.mark.parametrize(("kind", "rounds"), [("vm", compromised.VM_WAYS), ("disk", 1)])
+@pytest.mark.parametrize(
+    ("kind", "rounds"), [("vm", compromised.VM_WAYS), ("disk", 1), ("share", 1)]
+)
 def test_processes_of_vms_that_were_taken_over(tmp_path: Path, kind: str, rounds: int) -> None:
-    """A compromised VM or disk process ends its own VM alone, whatever it sends."""
+    """A compromised process of a VM ends its own VM alone, whatever it sends."""
     assert "taken over" in compromised.run_vms(tmp_path, kind, rounds, SEED)
 
 
@@ -63,6 +67,21 @@ def test_floods_of_failing_starts(tmp_path: Path) -> None:
     for directory in tmp_path.parents[:3]:
         directory.chmod(directory.stat().st_mode | 0o011)
     assert "under new names" in valid_floods.run_starts(tmp_path, 5.0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user's connection needs root")
+def test_floods_of_owners(tmp_path: Path) -> None:
+    """All that an owner may ask for, with answers unread, delays no other user's console."""
+    for directory in tmp_path.parents[:3]:
+        directory.chmod(directory.stat().st_mode | 0o011)
+    assert "answers to requests" in valid_floods.run_owners(tmp_path, 250, 8.0, patience=8)
+
+
+def test_campaigns_have_requests_of_each_type() -> None:
+    """A type of request that is new in the protocol has to be added to the campaigns."""
+    types = {str(each.__struct_config__.tag) for each in typing.get_args(AnyRequest)}
+    assert {str(request["type"]) for request in hostile_clients.REQUESTS} == types
+    assert types - valid_floods.TYPES_OF_OWNERS == set()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user's connection needs root")
