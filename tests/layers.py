@@ -342,6 +342,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.errors",
         "vmm_kvm.bits",
         "vmm_kvm.clock",
+        "vmm_kvm.libc",
         "vmm_kvm.log",
         "vmm_kvm.memfd",
         "vmm_kvm.loop",

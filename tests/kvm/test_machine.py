@@ -13,7 +13,7 @@ import pytest
 from tests import guests
 from tests.fakes import FakeClock
 from vmm_kvm import primitives
-from vmm_kvm.arch.x86.image import open_image
+from vmm_kvm.arch.x86.image import FirmwareImage, open_image
 from vmm_kvm.bits import MIB
 from vmm_kvm.boot.firmware import selftest_path
 from vmm_kvm.clock import Clock
@@ -189,6 +189,29 @@ def test_a_machine_that_never_starts(bench: Bench) -> None:
     with bench.machine() as machine:
         machine.close()
         machine.close()
+
+
+def test_a_machine_has_the_only_copy_of_its_firmware(bench: Bench) -> None:
+    """What was read from the file is forgotten: firmware has up to 16 MiB, in each VM's process."""
+    forgotten: list[int] = []
+
+    class Contents(bytes):
+        def __del__(self) -> None:
+            forgotten.append(len(self))
+
+    image = open_image(str(selftest_path()))
+    assert isinstance(image, FirmwareImage)
+    with Machine(
+        MachineSpec(image=image._replace(rom=Contents(image.rom)), memory_size=16 * MIB),
+        bench.vmm,
+        bench.loop,
+        transmit=bench.output.extend,
+        on_receive_room=lambda: None,
+        on_outcome=bench.outcomes.append,
+    ) as machine:
+        assert forgotten == [image.size]
+        assert isinstance(machine.spec.image, FirmwareImage)
+        assert machine.spec.image.rom == image.rom
 
 
 def test_more_vcpus_than_kvm_allows(bench: Bench) -> None:

@@ -23,19 +23,18 @@ _LIBC.syscall.restype = ctypes.c_long
 def fork_sibling() -> int:
     """Fork a process that is our parent's child; returns its pid here, and 0 in it.
 
-    As os.fork does, but the C library is not told: its handlers do not run, and it keeps the number
-    of the forking thread for the child's first one, which another thread could not signal by
-    pthread_kill(3). Only for a process with one thread, which is not the first of a namespace.
+    As os.fork does, but neither the C library nor the interpreter is told. The library keeps the
+    number of the forking thread for the child's first one, which another thread could not signal by
+    pthread_kill(3). Handlers of both do not run: they renew locks, which are all free where there
+    is one thread, and would write to forty pages that the child otherwise shares with us. The
+    module `random` would have to be told: it may not be loaded.
+
+    Only for a process with one thread, which is not the first of a namespace.
 
     Raises:
         OSError: the host has no processes left.
     """
-    ctypes.pythonapi.PyOS_BeforeFork()
     pid = int(_LIBC.syscall(SYSCALLS["clone"], CLONE_PARENT | signal.SIGCHLD, None, None, None, 0))
-    if pid == 0:
-        ctypes.pythonapi.PyOS_AfterFork_Child()
-        return 0
-    ctypes.pythonapi.PyOS_AfterFork_Parent()
     if pid < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

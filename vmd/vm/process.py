@@ -72,6 +72,7 @@ from vmm_kvm.errors import (
 from vmm_kvm.gdb.server import GdbServer
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
+from vmm_kvm.libc import LIBC_WITHOUT_ERRNO
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.machine.machine import Machine
@@ -178,6 +179,7 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
                 tell_sender(received, failed(text))
             _tell(channel, VmEnding(reason=EndReason.FAILED, code=error_code(err), message=text))
             return
+        del machine  # and with it a copy of its firmware: the machine has its own
         process.run()
 
 
@@ -316,6 +318,7 @@ class VmProcess:
             if not self._is_paused:
                 self._machine.resume()
         _tell(self._channel, VmStarted())
+        LIBC_WITHOUT_ERRNO.malloc_trim(0)  # nothing needs the firmware's copy any more
         self._loop.run()
         if self._sending:
             self._sending.abandon()

@@ -18,17 +18,17 @@ class RomState(PartState):
 class Rom:
     """Memory with firmware in it; the machine maps it at `gpa`, for reading alone."""
 
-    __slots__ = ("_gpa", "memory")
+    __slots__ = ("gpa", "memory")
 
-    def __init__(self, gpa: int, contents: bytes) -> None:
+    def __init__(self, gpa: int, contents: bytes | memoryview) -> None:
         """Copy `contents`, whole pages, for the guest-physical address `gpa`."""
-        self._gpa = gpa
+        self.gpa = gpa
         self.memory = mmap.mmap(-1, len(contents))  # lives as long as the mapping
         self.memory[:] = contents
 
     def save(self) -> RomState:
         """Return a snapshot."""
-        return RomState(gpa=self._gpa, contents=self.memory[:])
+        return RomState(gpa=self.gpa, contents=self.memory[:])
 
     def restore(self, state: RomState) -> None:
         """Take the contents that the guest knows, even if the host's firmware has changed since.
@@ -36,9 +36,9 @@ class Rom:
         Raises:
             StateError: they have another size or place.
         """
-        if state.gpa != self._gpa or len(state.contents) != len(self.memory):
+        if state.gpa != self.gpa or len(state.contents) != len(self.memory):
             raise StateError(
                 f"{len(state.contents)} bytes at {state.gpa:#x}, "
-                f"not {len(self.memory)} at {self._gpa:#x}"
+                f"not {len(self.memory)} at {self.gpa:#x}"
             )
         self.memory[:] = state.contents

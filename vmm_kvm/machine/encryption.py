@@ -101,7 +101,7 @@ def plan_launch(spec: "MachineSpec", sev: SevSpec, kvm: Kvm, *, is_restored: boo
 def _other_vcpus(spec: "MachineSpec") -> Entry | None:
     """Return the first registers of all vCPUs but one; None if the firmware does not know them."""
     image = spec.image
-    return other_vcpus(image.rom) if isinstance(image, FirmwareImage) else None
+    return other_vcpus(bytes(image.rom)) if isinstance(image, FirmwareImage) else None
 
 
 def encrypt(

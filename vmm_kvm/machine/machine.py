@@ -181,7 +181,7 @@ class Machine:
                 self.mmio,
                 collected=self._output,
                 on_exit=self._exit,
-                on_failure=lambda err: self._end(Crash(f"{spec.name}: {err}")),
+                on_failure=lambda err: self._end(Crash(f"{self.spec.name}: {err}")),
             )
             if self._output:
                 stack.callback(self._output.stop)  # when no vCPU runs any more
@@ -436,10 +436,10 @@ class Machine:
         mappings = self._identity.mappings()
         self._rom: Rom | None = None
         if isinstance(spec.image, FirmwareImage):
-            self._rom = Rom(spec.image.rom_base, spec.image.rom)
-            memory_of_rom = self._rom.memory
-            rom = Mapping(spec.image.rom_base, _address(memory_of_rom), len(memory_of_rom), True)
-            mappings.append(rom)
+            rom = self._rom = Rom(spec.image.rom_base, spec.image.rom)
+            contents = memoryview(rom.memory)
+            self.spec = spec.but(image=spec.image._replace(rom=contents))  # one copy is enough
+            mappings.append(Mapping(rom.gpa, _address(rom.memory), len(contents), True))
             if spec.variables is not None:  # right below the firmware
                 self._flash_mapping = len(mappings)
                 size = spec.variables.size

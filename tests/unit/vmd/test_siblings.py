@@ -5,6 +5,8 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -78,6 +80,26 @@ def test_a_sibling_may_abort() -> None:
 
     _forked(lambda: _sibling(abort))
     assert _ends() == [-signal.SIGABRT, 0]
+
+
+def test_no_sibling_of_the_zygote_repeats_random_numbers() -> None:
+    """The zygote has no module that has to be told of a fork: `random` would be one."""
+    program = """
+import sys
+from importlib import import_module
+from vmd import children
+from vmd.device import disk, nic
+from vmd.vm import process
+from vmd.zygote import process
+from vmd.zygote.warm import gathering, immortal, packing, rehearsal
+for name in children._LATE_MODULES:
+    import_module(name)
+print(*{"random", "concurrent.futures.thread", "multiprocessing.util"} & set(sys.modules))
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert found.stdout == "\n"
 
 
 @pytest.mark.root

@@ -181,6 +181,9 @@ def gather(recorder: Recorder, *, writes_tuples: bool) -> None:
     functions = [
         one for one in everything if type(one) is FunctionType and id(one.__code__) in recorder.code
     ]
+    # Those that first ran at one time lie together: they are needed at one time.
+    order = {key: place for place, key in enumerate(recorder.code)}
+    functions.sort(key=lambda one: order[id(one.__code__)])
     # One kind after the other, beginning with objects that are needed briefly or seldom.
     for code in recorder.code.values():
         code.co_code  # noqa: B018 - code keeps what this returns

@@ -51,7 +51,7 @@ class FirmwareImage(NamedTuple):
     """A firmware image as the processor sees it below 4 GiB."""
 
     name: str
-    rom: bytes
+    rom: bytes | memoryview
     """Its contents: whole pages, padded in front with 0xff as flash memory is."""
     size: int
     """Bytes of it that come from the file; they end at 4 GiB."""
