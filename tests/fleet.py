@@ -38,6 +38,7 @@ class FleetHost:
             "TOLD": str(directory / "told"),
             "REFUSES": str(directory / "refuses"),
             "VMD_SOCKET": str(directory / "vmd.sock"),
+            "XDG_DATA_HOME": str(directory / "data"),
         }
         self.space = Namespace()
         self._worker: subprocess.Popen[bytes] | None = None

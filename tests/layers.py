@@ -559,7 +559,17 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "pytest",
         "pluggy",
     ),
-    "vmm_fleet": ("vmd.config", "vmd.shared", "vmctl", "vmctl.guest", "vmm_pytest", "distributed"),
+    "vmm_fleet": (
+        "vmm_kvm.errors",
+        "vmm_kvm.snapshot",
+        "vmd.config",
+        "vmd.shared",
+        "vmctl",
+        "vmctl.images",
+        "vmctl.guest",
+        "vmm_pytest",
+        "distributed",
+    ),
 }
 """Allowed imports of each folder or module, besides itself and the standard library.
 

@@ -16,10 +16,12 @@ from typing import Self, TypeVar
 from vmctl.client import Client, CommandError
 from vmctl.guest.access import pauses
 from vmctl.guest.agent import Agent
+from vmd.config.values import memory_of
 from vmd.shared.paths import client_socket
-from vmm_pytest.machine import Machine
+from vmm_fleet.snapshots import manifest_of
+from vmm_pytest.machine import Machine, MachineError
 from vmm_pytest.run import Run, RunError
-from vmm_pytest.templates import Template, Templates
+from vmm_pytest.templates import Settings, Template, Templates, adopt, run_vmctl
 
 DAEMON_S = 300.0
 """How long a job waits for a daemon that is not there."""
@@ -68,10 +70,16 @@ class Host:
             self._run = None
             self._joined.close()
 
-    def run(self, job: Callable[[Machine], _Result], settings: Mapping[str, object]) -> _Result:
+    def run(
+        self,
+        job: Callable[[Machine], _Result],
+        settings: Mapping[str, object],
+        snapshot: str = "",
+    ) -> _Result:
         """Call a job with a fresh machine, and end that; any thread may.
 
-        `settings` are those of `vmm_pytest.templates.Settings`.
+        `settings` are those of `vmm_pytest.templates.Settings`; the machine is a clone of their
+        template, or goes on from the file of a `snapshot` within them.
 
         Raises:
             LostError: the machine has ended, and not by the job.
@@ -85,6 +93,8 @@ class Host:
                 made.callback(machine.close)
 
             try:
+                if snapshot:
+                    return job(self._continued(run, snapshot, settings, end_later))
                 return job(self._template(run, settings).clone(end_later))
             except Exception as err:
                 if self._run is not run or not run.has_keeper() or not _answers(watch):
@@ -93,6 +103,23 @@ class Host:
 
     def _template(self, run: Run, settings: Mapping[str, object]) -> Template:
         return Templates(run, self._agent_of or run.agent_of, Path.cwd()).get(**settings)
+
+    def _continued(
+        self,
+        run: Run,
+        snapshot: str,
+        settings: Mapping[str, object],
+        on_made: Callable[[Machine], None],
+    ) -> Machine:
+        """Return a machine that goes on from a snapshot, and is another one than all before."""
+        bounds = Settings(**settings)  # type: ignore[arg-type] # as InVm has checked
+        manifest = manifest_of(snapshot)
+        if manifest.memory_size > memory_of(bounds.memory) or manifest.cpus > bounds.cpus:
+            text = f"memory={manifest.memory_size >> 20}M, cpus={manifest.cpus}"
+            raise MachineError(f"the snapshot is of a machine with {text}: declare them")
+        name = run.new_name()
+        run_vmctl(run, "start", "--from", snapshot, name, seconds=bounds.timeout)
+        return adopt(run, name, self._agent_of or run.agent_of, bounds.timeout, on_made)
 
     def _reach(self) -> Client:
         """Connect to the daemon, as soon as it is there."""

@@ -5,17 +5,26 @@ room in there.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import TypeVar
 
 from distributed import Worker, WorkerPlugin
 
 from vmctl.guest.agent import Agent
 from vmm_fleet.host import Host, HostError
+from vmm_fleet.snapshots import MissingError, Part, Source, read
 
 PLUGIN = "vmm-host"
 """The plugin's name in a worker."""
 MEMORY, CPUS = "vm_memory", "vm_cpus"
 """The resources: MiB of guests' memory, and virtual CPUs."""
+
+_READ = "vmm_snapshot"
+"""The request between workers for a part of a snapshot."""
+_ANSWER_S = 60.0
+
+_Told = TypeVar("_Told")
 
 
 class UndeclaredError(Exception):
@@ -44,6 +53,7 @@ class VmHost(WorkerPlugin):  # type: ignore[misc] # distributed is not followed
                 f"no resource {', '.join(sorted(missing))}: "
                 f'dask worker --resources "{MEMORY}=MIB {CPUS}=COUNT"'
             )
+        worker.handlers[_READ] = _read
         await asyncio.to_thread(self.host.__enter__)
 
     async def teardown(self, worker: Worker) -> None:  # noqa: ARG002 - of the interface
@@ -74,3 +84,38 @@ def host_of(worker: Worker) -> Host:
     if not isinstance(plugin, VmHost):
         raise UndeclaredError(f"not a worker of --preload {__name__}")
     return plugin.host
+
+
+async def _read(digest: str, offset: int) -> tuple[int, int, bytes] | None:
+    """Answer another worker's request for a part of a snapshot."""
+    return await asyncio.to_thread(read, digest, offset)
+
+
+def sources_of(worker: Worker, digest: str) -> Iterator[Source]:
+    """Yield the workers that have a snapshot, as sources; for a thread of jobs."""
+    message = {"op": _READ, "digest": digest, "offset": 0}
+    told = _ask(worker, lambda: worker.scheduler.broadcast(msg=message, on_error="ignore"))
+    for address, found in told.items():
+        if isinstance(found, list | tuple) and address != worker.address:
+            yield partial(_part, worker, address, digest)
+
+
+def _part(worker: Worker, address: str, digest: str, offset: int) -> Part | None:
+    told = _ask(worker, lambda: getattr(worker.rpc(address), _READ)(digest=digest, offset=offset))
+    return None if told is None else Part(*told)
+
+
+def _ask(worker: Worker, ask: Callable[[], Awaitable[_Told]]) -> _Told:
+    """Have the worker's event loop ask something.
+
+    Raises:
+        MissingError: there is no answer in time.
+    """
+
+    async def asked() -> _Told:
+        return await asyncio.wait_for(ask(), _ANSWER_S)
+
+    try:
+        return asyncio.run_coroutine_threadsafe(asked(), worker.loop.asyncio_loop).result()
+    except (OSError, TimeoutError) as err:
+        raise MissingError(f"a worker does not answer: {err}") from None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vmctl.client import CommandError
 from vmctl.images.digests import DIGITS, Digest, parse_digest
 from vmctl.images.sources import LISTS, OCI, Source, check_name, file_in, source_of
-from vmctl.images.store import PREFIX, ImageStore, Stored, remove_partial
+from vmctl.images.store import PREFIX, ImageStore, Stored, remove_partial, snapshots_directory
 from vmctl.messages import fail, warn
 from vmctl.signals import cleaning_up
 from vmctl.values import seconds_of
@@ -376,12 +376,17 @@ def _remove(store: ImageStore, name: str) -> None:
 
 
 def prune_store() -> int:
-    """Remove images without a name, and partial ones; returns their bytes.
+    """Remove images without a name, partial ones, and a fleet's snapshots; returns their bytes.
 
     Raises:
         OSError: one cannot be removed.
     """
-    store = ImageStore()
+    freed = _prune_one(ImageStore())
+    directory = snapshots_directory()
+    return freed + _prune_one(ImageStore(directory)) if os.path.exists(directory) else freed
+
+
+def _prune_one(store: ImageStore) -> int:
     freed = 0
     for path in store.partials():
         size = os.stat(path).st_size

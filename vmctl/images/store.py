@@ -65,6 +65,13 @@ def _own() -> str:
     return os.path.join(base, "vmm-kvm", "images")
 
 
+def snapshots_directory() -> str:
+    """Return the directory of this user's snapshots for a fleet, a store like that of images."""
+    base = os.environ.get("XDG_DATA_HOME", "")
+    base = base if os.path.isabs(base) else os.path.expanduser("~/.local/share")
+    return os.path.join(base, "vmm-kvm", "snapshots")
+
+
 def find(name: str) -> str:
     """Return the path of an image: of this user's, or else of the system's store.
 
@@ -122,9 +129,9 @@ def _linked(directory: str, folder: str, name: str) -> str:
 class ImageStore:
     """This user's store."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: str = "") -> None:
         """Know its place; missing directories are made when they are needed."""
-        self.directory = _own()
+        self.directory = directory or _own()
 
     def path(self, digest: str) -> str:
         """Return where the image of a digest is, or will be."""
@@ -215,6 +222,8 @@ class ImageStore:
     def publish(self, fd: int, digest: str, name: str) -> None:
         """Put the whole image at `fd`, which `partial` has yielded, into its place.
 
+        Without a name the next prune removes it.
+
         Raises:
             OSError: it cannot be done.
         """
@@ -274,7 +283,8 @@ class ImageStore:
                 os.unlink(path)
             else:
                 os.rename(path, self.path(digest))
-            self._name(name, digest)
+            if name:
+                self._name(name, digest)
 
     def name(self, name: str, digest: str) -> None:
         """Let a name stand for an image that is there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import signal
@@ -16,8 +17,9 @@ import pytest
 
 from tests.agents import CLONES_AGENT, HostAgent, wait_until
 from tests.campaigns import fleet, fleet_slurm
+from tests.fleet import two_hosts
 from tests.slurm import missing_slurm
-from tests.system.vmd.daemon import ROOT, SELFTEST, TIMEOUT_S, Daemon
+from tests.system.vmd.daemon import ROOT, SELFTEST, TIMEOUT_S, Daemon, vmctl
 from tests.system.vmd.netns import Namespace
 from tests.system.vmd.pytest_runs import Runs, runs
 from tests.system.vmd.test_migrate import sshd
@@ -141,6 +143,40 @@ def test_killed_workers_and_daemons(tmp_path: Path) -> None:
     """Every job has one result, no host more machines than declared, and none is left."""
     figures = fleet.run(tmp_path, 8, 1)
     assert sum(figures.results.values()) == 8
+
+
+@pytest.mark.root
+@pytest.mark.timeout(300)
+def test_a_snapshot_by_its_digest(tmp_path: Path) -> None:
+    """A host that lacks it gets it from the other one, and machines of both go on from it."""
+    with two_hosts(tmp_path) as (one, two, address):
+        file = one.directory / "made"
+        words = ("start", "--selftest", "-m", "16M", "source")
+        for line in (words, ("snapshot", "-o", str(file), "source"), ("stop", "-fw", "source")):
+            assert vmctl(one.vmd, *line).returncode == 0
+        with one.process("-m", "vmm_fleet.snapshots", str(file)) as adding:
+            assert adding.wait(TIMEOUT_S) == 0
+        digest = f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+        stored = f"data/vmm-kvm/snapshots/{digest.replace(':', '-')}"
+        assert not (two.directory / stored).exists()
+        done = subprocess.run(
+            [
+                *one.space.prefix,
+                *(sys.executable, str(ROOT / "tests" / "fleet_snapshot_jobs.py"), address, digest),
+            ],
+            env={**os.environ, **one.environ},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        first, second, small, lost = done.stdout.splitlines()
+        assert [line.split()[0] for line in (first, second)] == ["two", "one"]
+        assert first.split()[1] != second.split()[1]
+        assert small == "the snapshot is of a machine with memory=16M, cpus=1: declare them"
+        assert lost == f"sha256-{'0' * 64}: no worker's host has it"
+        assert (two.directory / stored).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.skipif(bool(missing_slurm()), reason=f"Slurm: {missing_slurm()}")
