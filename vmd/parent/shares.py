@@ -7,17 +7,25 @@ earlier takes its VM along, whose guest would wait for ever.
 
 import os
 import socket
+import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 from vmd.config.shares import ShareOption
 from vmd.confine.sandbox import kill_as
+from vmd.parent.errors import ResourceError
 from vmd.shared.privsep import Plan, spawn
 from vmd.shared.shares import ShareOrder
+from vmd.wire.messages import ErrorCode
 from vmm_kvm.log import Log
 
 log = Log(__name__)
+
+HELD_MAX = 8
+"""Processes of an ordinary user that were killed and do not end; with more, there are no others."""
+HELD_S = 10.0
+"""How long a process may take to end that was killed."""
 
 
 class _Process(NamedTuple):
@@ -31,11 +39,12 @@ class _Process(NamedTuple):
 class Shares:
     """All processes of shares, on the event loop's thread."""
 
-    def __init__(self, plan: Callable[[ShareOrder], Plan]) -> None:
+    def __init__(self, plan: Callable[[ShareOrder], Plan], *, held_s: float = HELD_S) -> None:
         """Begin without any; `plan` returns how to make one."""
         self._plan = plan
+        self._held_s = held_s
         self._processes: dict[int, _Process] = {}
-        self._released: set[int] = set()
+        self._released: dict[int, float] = {}  # those that were killed, and when
         self.crashed: Callable[[int, str], None] = lambda _vm_id, _why: None
         """Called with the id of a VM that has lost one, and what has happened."""
         self.gone: Callable[[], None] = lambda: None
@@ -67,8 +76,13 @@ class Shares:
             cgroup: for joining a control group.
 
         Raises:
+            ResourceError: the kernel does not let earlier ones of this user end, since a file
+                system of the user's does not answer.
             OSError: the host has no processes or descriptors left.
         """
+        if uid and self._held(uid) > HELD_MAX:
+            text = f"share {option.path}: file systems hold up too many processes of your shares"
+            raise ResourceError(ErrorCode.EAGAIN, text)
         with ExitStack() as stack:
             ours, theirs = map(stack.enter_context, socket.socketpair())
             read_fd, write_fd = os.pipe()
@@ -89,7 +103,7 @@ class Shares:
         if process is None:
             return
         if pid in self._released:
-            self._released.discard(pid)
+            del self._released[pid]
             self.gone()
         elif status:
             how = f"was killed by signal {-status}" if status < 0 else f"failed, status {status}"
@@ -99,9 +113,16 @@ class Shares:
         """End the processes of a VM that is gone."""
         for pid, process in self._processes.items():
             if process.vm_id == vm_id and pid not in self._released:
-                self._released.add(pid)
+                self._released[pid] = time.monotonic()
                 with suppress(ProcessLookupError):
                     kill_as(pid, (process.uid,))
+
+    def _held(self, uid: int) -> int:
+        """Return how many processes of a user were killed some time ago, and have not ended."""
+        since = time.monotonic() - self._held_s
+        return sum(
+            at < since and self._processes[pid].uid == uid for pid, at in self._released.items()
+        )
 
     def close(self) -> None:
         """End all; others reap them."""

@@ -15,7 +15,8 @@ import pytest
 from tests.fs_driver import Guest
 from vmd.children import share_plan
 from vmd.config.shares import ShareOption
-from vmd.parent.shares import Shares
+from vmd.parent.errors import ResourceError
+from vmd.parent.shares import HELD_MAX, Shares
 from vmd.wire.channel import Fds
 from vmd.wire.parcels import wrap
 from vmm_kvm.fs import abi
@@ -211,3 +212,24 @@ def test_one_that_crashes(host: Host, folder: Path) -> None:
         host.reap()
         os.close(connection)
     assert host.crashes == [(VM_ID, "share tag: its process was killed by signal 9")]
+
+
+@needs_root
+def test_processes_that_do_not_end_are_limited(tmp_path: Path) -> None:
+    """A user whose file systems let no process end gets no more of them; others do."""
+    host = Host()
+    host.shares = Shares(lambda order: share_plan(order, is_user=False), held_s=0.0)
+    option = ShareOption(str(tmp_path), "t")
+
+    def start(uid: int) -> None:
+        os.close(host.start(option, uid)[0])
+
+    for _ in range(HELD_MAX + 1):
+        start(USER)
+    host.shares.release(VM_ID)  # nobody reaps them, as if the kernel did not let them end
+    with pytest.raises(ResourceError, match="hold up too many processes of your shares"):
+        start(USER)
+    start(USER - 1)
+    host.reap()
+    start(USER)
+    host.reap()
