@@ -66,5 +66,36 @@ SIBLINGS: Final[dict[str, dict[str, str]]] = {
         ),
         "prefixes and addresses that no host has": "tests/unit/config/test_golden.py::test_golden",
     },
+    "VMs that start or wait survive the end of all": {
+        "a waiting VM that is stopped by name, by id, by force, twice": (
+            "tests/system/vmd/test_stop_states.py::test_of_vms_that_wait"
+        ),
+        "a VM that several stop at once, of whom each waits": (
+            "tests/system/vmd/test_stop_states.py::test_of_a_vm_that_stops"
+        ),
+        "paused VMs, and guests that ignore the request": (
+            "tests/system/vmd/test_stop_states.py::test_of_paused_vms_and_by_force"
+        ),
+        "a VM that reboots before its turn to stop": (
+            "tests/unit/vmctl/test_stop.py::test_a_vm_that_reboots_before_its_turn_to_stop"
+        ),
+        "a start while starts are held": (
+            "tests/unit/vmd/test_order.py::test_nothing_starts_while_starts_are_held"
+        ),
+    },
+    "a network does not work, and nobody says so": {
+        "a passt that is another program, fails, is killed, or says nothing": (
+            "tests/unit/vmd/test_passt_networks.py::test_a_passt_that_is_none"
+        ),
+        "a passt that cannot be run, for which the VM did not start": (
+            "tests/unit/vmd/test_passt_networks.py::test_a_passt_that_cannot_be_run"
+        ),
+        "a forward from an address of another host": (
+            "tests/unit/vmd/test_passt_networks.py::test_an_address_of_another_host"
+        ),
+        "a port in use, of each protocol and family": (
+            "tests/unit/vmd/test_passt_networks.py::test_a_port_in_use_is_told_of"
+        ),
+    },
 }
 """Of a kind: what the sibling is, and its test. Kinds that are not here have none listed yet."""

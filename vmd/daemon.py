@@ -422,11 +422,12 @@ class Daemon:
             if pid == 0:
                 break
             kind = self._pids.pop(pid, None)
-            self._networks.reaped(pid)
+            status = os.waitstatus_to_exitcode(waited)
+            self._networks.reaped(pid, status)
             self._openers.ended(pid)
-            self._shares.ended(pid, os.waitstatus_to_exitcode(waited))
+            self._shares.ended(pid, status)
             if kind is not None:
-                self._lost(kind, pid, os.waitstatus_to_exitcode(waited))
+                self._lost(kind, pid, status)
         if self._lost_vmm and not orphans(self._known()):
             self._lost_vmm = False
             self._orphans_timer.cancel()

@@ -60,7 +60,9 @@ def _complete(client: Client, kind: str, target: Target, report: Report, **field
     expected = "terminated" if fields.get("wait") else "done terminated"
     with _ending_the_line():
         client.send(kind, {**target.fields(), **fields})
-        return finish(client, kind, expected, report)
+        # A VM that is stopping already is only waited for.
+        awaited = target if kind == "stop" and fields.get("wait") else None
+        return finish(client, kind, expected, report, awaited)
 
 
 @contextmanager
@@ -73,14 +75,16 @@ def _ending_the_line() -> Iterator[None]:
         raise
 
 
-def finish(client: Client, kind: str, expected: str, report: Report) -> int:
-    """End the line about a wait with the outcome.
+def finish(
+    client: Client, kind: str, expected: str, report: Report, awaited: Target | None = None
+) -> int:
+    """End the line about a wait with the outcome; `awaited`: wait for this VM if it is stopping.
 
     Raises:
         CommandError: there is no answer, or one that is not among `expected`.
     """
     try:
-        answer, fds = client.receive(expected)
+        answer, fds = _received(client, expected, awaited)
     except RefusedError as err:
         text = why_not(kind, err.code)
         print(text, file=sys.stderr)
@@ -91,6 +95,16 @@ def finish(client: Client, kind: str, expected: str, report: Report) -> int:
     text = "terminated" if is_terminated else "requested to shutdown"
     print(f"{text} vm {answer['id']}", file=sys.stderr)
     return report.end(0, text, answer["id"])
+
+
+def _received(client: Client, expected: str, awaited: Target | None) -> tuple[Fields, list[int]]:
+    try:
+        return client.receive(expected)
+    except RefusedError as err:
+        if awaited is None or err.code != "EALREADY":
+            raise
+    client.send("wait", awaited.fields())
+    return client.receive(expected)
 
 
 def why_not(kind: str, code: str) -> str:

@@ -25,8 +25,11 @@ class Networks(Protocol):
     def pids(self) -> Collection[int]:
         """Other children of this process, which end by themselves and have not been reaped yet."""
 
-    def reaped(self, pid: int) -> None:
-        """Note that a child of this process, maybe one of `pids`, has been reaped."""
+    def reaped(self, pid: int, status: int) -> None:
+        """Note that a child of this process, maybe one of `pids`, has been reaped.
+
+        `status` is its exit status, or minus the number of a signal.
+        """
 
     def watch(self, trouble: Trouble) -> None:
         """Call `trouble` from now on; `refresh` returns changes for guests."""

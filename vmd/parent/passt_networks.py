@@ -107,7 +107,7 @@ class PasstNetworks:
         """Have `trouble` called when passt ends before its VM does."""
         self._trouble = trouble
 
-    def reaped(self, pid: int) -> None:
+    def reaped(self, pid: int, status: int) -> None:
         """Note that a child of this process has been reaped; its guest loses its network."""
         if pid not in self._pids:
             return
@@ -121,7 +121,7 @@ class PasstNetworks:
             for index, stream in enumerate(held.streams):
                 if stream.passt == pid:
                     stream.passt = 0
-                    stream.problem = f"passt has ended: {_reason(stream.said)}"
+                    stream.problem = f"passt has ended: {_reason(stream.said, status)}"
                     self._trouble(vm_id, index, f"no network: {stream.problem}")
                     return
 
@@ -245,9 +245,9 @@ def _stream(forwards: Sequence[ForwardConfig], *, is_local: bool) -> _Stream:
         said = make_memory("passt", _SAID_MAX)
         try:
             passt = _spawn(program, theirs.fileno(), said, forwards)
-        except OSError:
+        except OSError as err:
             os.close(said)
-            raise
+            return _Stream(ours.detach(), problem=f"passt cannot be run: {program}: {err.strerror}")
         return _Stream(ours.detach(), passt=passt, said=said, problem="")
 
 
@@ -301,13 +301,14 @@ def _lines(said: int) -> list[str]:
     return [line for line in lines if line and not any(word in line for word in _IDLE_TALK)]
 
 
-def _reason(said: int | None) -> str:
-    """Return the end of passt's output, in one line."""
+def _reason(said: int | None, status: int) -> str:
+    """Return the end of passt's output, in one line; else how it ended."""
     lines = [] if said is None else _lines(said)[-_REASON_LINES:]
     text = "; ".join(lines)
     if "routable interface" in text:
         text += " (is this host offline?)"
-    return text or "it does not say why"
+    how = f"signal {-status}" if status < 0 else f"exit status {status}"
+    return text or f"{how}, and it does not say why"
 
 
 def _assigned(lines: Sequence[str]) -> tuple[str, ...]:

@@ -134,7 +134,7 @@ class TapNetworks:
         """Call `trouble` when a rule of an interface is refused."""
         self._trouble = trouble
 
-    def reaped(self, pid: int) -> None:
+    def reaped(self, pid: int, status: int) -> None:
         """Do nothing: no child is ours."""
 
     def close(self) -> None:

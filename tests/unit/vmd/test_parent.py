@@ -227,7 +227,7 @@ class Rig:
         self.vmm.close()  # which had the last descriptor of each stream
         for pid in tuple(self.networks.pids):
             os.waitpid(pid, 0)
-            self.networks.reaped(pid)
+            self.networks.reaped(pid, 0)
 
 
 @pytest.fixture

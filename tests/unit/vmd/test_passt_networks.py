@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -40,7 +41,7 @@ def networks() -> Iterator[PasstNetworks]:
     made.close()
     for pid in tuple(made.pids):
         os.waitpid(pid, 0)
-        made.reaped(pid)
+        made.reaped(pid, 0)
     assert not made.pids
 
 
@@ -77,7 +78,7 @@ def test_a_local_interface_has_a_passt(networks: PasstNetworks) -> None:
     networks.release(vm.id)
     (pid,) = networks.pids
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in {0, -signal.SIGTERM}
-    networks.reaped(pid)
+    networks.reaped(pid, 0)
 
 
 def test_without_passt_there_is_no_cable(
@@ -107,14 +108,14 @@ def _troubles(networks: PasstNetworks) -> list[tuple[int, int, str]]:
 
 def _reap(networks: PasstNetworks) -> None:
     for pid in tuple(networks.pids):
-        os.waitpid(pid, 0)
-        networks.reaped(pid)
+        _, waited = os.waitpid(pid, 0)
+        networks.reaped(pid, os.waitstatus_to_exitcode(waited))
 
 
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        ("", "it does not say why"),
+        ("", "exit status 1, and it does not say why"),
         ("Failed to bind any port for '-t 80:80'\n", "Failed to bind any port for '-t 80:80'"),
         (
             (
@@ -127,6 +128,12 @@ def _reap(networks: PasstNetworks) -> None:
             ),
         ),
         ("one\ntwo\nthree\nfour\n", "two; three; four"),
+        ("\n\n  \n", "exit status 1, and it does not say why"),
+        ("no newline", "no newline"),
+        (
+            "Couldn't set user namespace: Operation not permitted\n",
+            "Couldn't set user namespace: Operation not permitted",
+        ),
     ],
 )
 @pytest.mark.usefixtures("fake_passt")
@@ -147,6 +154,84 @@ def test_a_passt_that_ends_is_told_of(
     assert (info.is_up, info.problem) == (False, f"passt has ended: {why}")
 
 
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("exit 0", "exit status 0, and it does not say why"),
+        ("exit 3", "exit status 3, and it does not say why"),
+        ("kill -SEGV $$", "signal 11, and it does not say why"),
+        ("kill -KILL $$", "signal 9, and it does not say why"),
+        ("echo bad >&2; exit 1", "bad"),
+        ("echo bad; exit 1", "exit status 1, and it does not say why"),
+        ("printf '\\377\\376bad' >&2; exit 1", "\ufffd\ufffdbad"),
+        ("yes line | head -c 3000000 >&2; exit 1", "line; line; line"),
+        ("exec /none", "{program}: 2: exec: /none: not found"),
+    ],
+)
+def test_a_passt_that_is_none(
+    script: str,
+    why: str,
+    networks: PasstNetworks,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever a passt does instead of its work, the link goes down, with all that is known."""
+    program = tmp_path / "passt"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    told = _troubles(networks)
+    assert _attached(networks, _vm(LOCAL))[0].has_link
+    _reap(networks)
+    expected = why.format(program=program)
+    assert told == [(1, 0, f"no network: passt has ended: {expected}")]
+
+
+@pytest.mark.parametrize(
+    ("contents", "why"),
+    [
+        (b"#!/none/interpreter\n", "No such file or directory"),
+        (b"\0\1\2\3", "Exec format error"),
+        (b"", "Exec format error"),
+    ],
+)
+def test_a_passt_that_cannot_be_run(
+    contents: bytes,
+    why: str,
+    networks: PasstNetworks,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The VM starts all the same, as it does without any passt."""
+    program = tmp_path / "passt"
+    program.write_bytes(contents)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    told = _troubles(networks)
+    assert not _attached(networks, _vm(LOCAL))[0].has_link
+    assert told == [(1, 0, f"no network: passt cannot be run: {program}: {why}")]
+    assert not networks.pids
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("192.0.2.1", "Cannot assign requested address"),
+        ("2001:db8::1", "Cannot assign requested address"),
+        ("fe80::1", "Invalid argument"),  # no interface is named
+    ],
+)
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_an_address_of_another_host(
+    protocol: str, address: str, why: str, networks: PasstNetworks
+) -> None:
+    """A forward from an address that this host has not is told with the address."""
+    vm = _vm(LOCAL._replace(forwards=(ForwardConfig(protocol, 50080, 80, address),)))
+    told = _troubles(networks)
+    assert not _attached(networks, vm)[0].has_link
+    assert told == [(1, 0, f"no network: {protocol} port 50080 of {address}: {why}")]
+
+
 @pytest.mark.usefixtures("fake_passt")
 def test_a_reboot_tries_again(networks: PasstNetworks) -> None:
     """At its reboot a guest whose passt has ended gets a new one; the others keep theirs."""
@@ -156,7 +241,7 @@ def test_a_reboot_tries_again(networks: PasstNetworks) -> None:
     pid = max(networks.pids)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    networks.reaped(pid)
+    networks.reaped(pid, 0)
     again = _attached(networks, vm)
     assert [one.has_link for one in again] == [True, True]
     assert again[0].stream == first.stream
