@@ -39,6 +39,9 @@ def test_a_vm_is_debugged(start_vmd: Start, tmp_path: Path) -> None:
     """A VM stops for one debugger, cannot be sent meanwhile, and runs on when it leaves."""
     with start_vmd(CONFIGURATION) as vmd, Client(str(vmd.socket)) as client:
         _started(vmd)
+        with vmd.client() as other, other.console("web") as console:
+            console.type(b"s")  # a step ends with the next interrupt if the processor sleeps
+            console.expect(b"spin with interrupts off")
         with debug(client, "web") as debugger:
             assert debugger.ask(b"qfThreadInfo") == b"m1"
             assert len(debugger.ask(b"g")) > 600
