@@ -17,7 +17,7 @@ from typing import Self
 ROOT = Path(__file__).resolve().parents[3]
 SELFTEST = ROOT / "bios" / "selftest.bin"
 READY = b"selftest: ready"
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 _PACKET_MAX = 1 << 20
 
 Answer = dict[str, object]

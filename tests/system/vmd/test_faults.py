@@ -15,6 +15,7 @@ from tests.system.vmd.conftest import each_daemon
 from tests.system.vmd.daemon import (
     READY,
     SELFTEST,
+    TIMEOUT_S,
     Daemon,
     descendants,
     is_alive,
@@ -184,7 +185,7 @@ def test_a_zygote_that_hangs(tmp_path: Path, *, is_user: bool) -> None:
         assert client.ask("stop", name="two", force=True, wait=True)["type"] == "terminated"
         vmd.wait_for_log("lost child: vmm")
         vmd.wait_for_child("vmd: vmm", vmd.process.pid)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + TIMEOUT_S
         while client.ask("start", name="one")["type"] != "started":  # until the next vmm serves
             assert time.monotonic() < deadline
             time.sleep(0.2)
@@ -198,7 +199,7 @@ def test_the_parent(start_vmd: Start) -> None:
         below = descendants(vmd.process.pid)
         vmd.process.kill()
         vmd.process.wait()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + TIMEOUT_S
         while any(is_alive(pid) for pid in below):
             assert time.monotonic() < deadline, [Path(f"/proc/{pid}/comm") for pid in below]
             time.sleep(0.05)
@@ -210,7 +211,7 @@ def test_a_process_that_dies_again_and_again(start_vmd: Start) -> None:
     with start_vmd(vm_block("one", enabled=True)) as vmd:
         with vmd.client() as client:
             client.wait_for_state("one", "running")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + TIMEOUT_S
         while vmd.process.poll() is None:
             assert time.monotonic() < deadline
             found = [pid for pid in descendants(vmd.process.pid) if _is_control(pid)]
