@@ -79,12 +79,19 @@ class Vsock:
     """
 
     def __init__(
-        self, path: Path, others: Mapping[int, Sequence[str | Path]] | None = None
+        self,
+        path: Path,
+        others: Mapping[int, Sequence[str | Path]] | None = None,
+        *,
+        through: Sequence[str] = (),
+        program: Path = AGENT,
     ) -> None:
         """Listen at `path`.
 
         `others` are programs for further ports, with a connection as their standard streams.
+        `through` and `program` are as for HostAgent.
         """
+        self._agent = (*through, sys.executable, "-I", str(program))
         self._programs: dict[int, Sequence[str | Path]] = dict(others or {})
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
@@ -125,7 +132,7 @@ class Vsock:
                     continue
                 fd = stream.fileno()
                 if port == PORT:
-                    arguments = [sys.executable, "-I", str(AGENT), "--fd", str(fd)]
+                    arguments = [*self._agent, "--fd", str(fd)]
                     started = subprocess.Popen(arguments, pass_fds=(fd,))
                 else:
                     started = subprocess.Popen(self._programs[port], stdin=fd, stdout=fd)

@@ -140,3 +140,25 @@ def test_a_testbed_that_does_not_come(runs: Runs) -> None:
     assert done.stderr.startswith("autopkgtest-virt-vmm: open: pytest-")
     assert "not ready: the guest has no agent" in done.stderr
     assert done.returncode == 16
+
+
+def test_a_caller_that_does_not_read_the_last_answer(runs: Runs) -> None:
+    """The server ends well after `quit`, as autopkgtest wants it, which reads no more then."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "vmm_pytest.virt_server", "--kernel", str(SELFTEST)],
+        cwd=ROOT,
+        env=runs.environ,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "ok\n"
+        process.stdout.close()
+        assert process.stdin
+        process.stdin.write("quit\n")
+        process.stdin.close()
+        assert process.wait(TIMEOUT_S) == 0
+        assert process.stderr
+        assert process.stderr.read() == ""
