@@ -222,6 +222,7 @@ def _zygote_plan(kvm_fd: int, uids: Uids | None, held: Sequence[int], warmth: Wa
 
         from vmd.device import disk, nic  # noqa: PLC0415 - likewise
         from vmd.vm import process as vm  # noqa: PLC0415 - likewise
+        from vmd.vm.rehearsing import prepare_clones  # noqa: PLC0415 - likewise
         from vmd.wire.blank import Role  # noqa: PLC0415 - likewise
         from vmd.zygote import process as zygote  # noqa: PLC0415 - likewise
         from vmm_kvm.kvm.system import Kvm  # noqa: PLC0415 - likewise
@@ -237,9 +238,15 @@ def _zygote_plan(kvm_fd: int, uids: Uids | None, held: Sequence[int], warmth: Wa
         sealed = encrypted_vm_confinement()
         compile_filter(sealed.filter)
         kvm = Kvm.from_fd(kvm_fd)
+
+        def begin() -> None:
+            confine(zygote_confinement(uids), uids and Identity(uids.zygote, uids.zygote))
+            if warmth is not Warmth.OFF:
+                prepare_clones(kvm)
+
         warm_up(
             warmth,
-            partial(confine, zygote_confinement(uids), uids and Identity(uids.zygote, uids.zygote)),
+            begin,
             partial(vm.be_vm, kvm),
             partial(_live_untold, kvm, kvm_fd),
             served=connection.fileno(),

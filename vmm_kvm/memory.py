@@ -28,7 +28,7 @@ from vmm_kvm.write_log import Place, WriteLog
 _BLOCK_SIZE = 512  # of st_blocks, always
 _HUGE = 2 << 20
 _MAP_NORESERVE = 0x4000  # Python 3.11 has no name for it
-_PIECE = 1 << 30  # bytes of memory that are asked about at a time
+_PIECE = 64 << 20  # bytes of memory that are asked about at a time
 _FROZEN_PIECES = 4096  # of all RAM, at most; each may become a mapping of its own
 _ZEROS = bytes(PAGE_SIZE)
 

@@ -132,9 +132,15 @@ class Part:
             raise StateError(f"{self.name}: {err}") from err
 
 
+_known_kinds: dict[type, type] = {}
+
+
 def record_type(device: Stateful[S]) -> type[S]:
     """Return the type of the record that `save` returns."""
-    kind: type[S] = get_type_hints(type(device).save)["return"]
+    owner = type(device)
+    kind: type[S] | None = _known_kinds.get(owner)
+    if kind is None:
+        kind = _known_kinds[owner] = get_type_hints(owner.save)["return"]
     return kind
 
 

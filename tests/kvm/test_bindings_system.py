@@ -79,3 +79,18 @@ def test_vms_outlive_the_system() -> None:
         vm = kvm.create_vm()
     with vm, vm.create_vcpu(0) as vcpu:
         assert vcpu.get_regs().rip == 0xFFF0
+
+
+def test_a_vm_is_made_ahead() -> None:
+    """It is the next one, a whole one, and only that; one that nobody takes is closed."""
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names alone
+    with Kvm() as kvm:
+        kvm.make_ready()
+        made = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names alone
+        with kvm.create_vm() as vm:
+            assert len(os.listdir("/proc/self/fd")) == made  # noqa: PTH208 - names alone
+            with kvm.create_vm() as other, vm.create_vcpu(0) as vcpu:
+                assert other.fd != vm.fd
+                assert vcpu.get_regs().rip == 0xFFF0
+        kvm.make_ready()
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208 - names alone

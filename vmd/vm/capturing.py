@@ -40,6 +40,9 @@ NO_BOOT = SendVm(
 )
 """The parent knows a clone's owner and boot image."""
 
+NO_CPUID: tuple[CpuidRecord, ...] = ()
+"""A clone has the same processor."""
+
 OnEnd = Callable[["VmmError | OSError | None"], None]
 
 
@@ -107,24 +110,17 @@ class Capturing:
         self._state = b""
         self._fds: list[int] = []
 
-    def begin(
-        self,
-        machine: "Machine",
-        spec: VmSpec,
-        cpuid: tuple[CpuidRecord, ...],
-        halt: Halt | None = None,
-    ) -> None:
+    def begin(self, machine: "Machine", spec: VmSpec, halt: Halt | None = None) -> None:
         """Capture a machine; failures are reported later.
 
-        `cpuid` is what this host's processor shows to such a guest. `halt` is called when a machine
-        that runs has to stand still; None for one that does.
+        `halt` is called when a machine that runs has to stand still; None for one that does.
         """
 
         def save_state() -> None:
             self._save(machine, halt)
 
         def describe() -> None:
-            manifest = manifest_of(machine, spec, NO_BOOT, len(self._state), cpuid)
+            manifest = manifest_of(machine, spec, NO_BOOT, len(self._state), NO_CPUID)
             self._fds.append(make_constant(f"state:{spec.name}", [head(manifest), self._state]))
 
         memory = machine.memory

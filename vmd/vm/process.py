@@ -109,6 +109,7 @@ def prepare(
     if preparation in {Preparation.REHEARSED, Preparation.CLONE}:
         try:
             rehearse(kvm, is_clone=preparation is Preparation.CLONE)
+            kvm.make_ready()
         except Exception as err:  # noqa: BLE001 - the process of a real VM tells its own errors
             return f"{type(err).__name__}: {err}"
     return None
@@ -456,7 +457,7 @@ class VmProcess:
         )
         self._sending = capturing
         halt = None if self._is_paused else self._machine.pause
-        capturing.begin(self._machine, self._spec, own_cpuid(self._kvm, self._spec), halt)
+        capturing.begin(self._machine, self._spec, halt)
 
     def _captured(self, capturing: Capturing, failure: "VmmError | OSError | None") -> None:
         """Go on when nothing is copied any more."""

@@ -5,6 +5,7 @@ until then. The parent has only the client's account of the manifest; here the m
 against it.
 """
 
+import mmap
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -29,7 +30,7 @@ from vmm_kvm.snapshot.handover import await_go, say_ready
 from vmm_kvm.snapshot.manifest import Manifest
 from vmm_kvm.snapshot.ram import read_extents
 from vmm_kvm.snapshot.state import State
-from vmm_kvm.snapshot.stream import StreamReader
+from vmm_kvm.snapshot.stream import StreamReader, parse_head
 
 log = Log(__name__)
 
@@ -60,9 +61,9 @@ def receive(
 ) -> Arrived:
     """Read the machine of a VM from its stream or snapshot; takes ownership of `fd`.
 
-    `is_private` is whether no other process needs its memory: then what `ram_fd` holds, if RAM is
-    no part of the stream, is mapped, else copied; it stays the caller's. `replies_fd`, which it
-    takes too, is what a sender hears that hands the VM over: this returns when it has let go.
+    `is_private` is whether no other process needs its memory. With `ram_fd`, which stays the
+    caller's, it is a clone's. `replies_fd`, which it takes too, is what a sender hears that hands
+    the VM over: this returns when it has let go.
 
     Raises:
         SnapshotError: it is damaged, or of another VM, or this processor will not do.
@@ -71,22 +72,20 @@ def receive(
     assert spec.received is not None
     if spec.received.is_snapshot:
         return _load(fd, spec, kvm, is_private=is_private)
+    if ram_fd is not None:
+        return _continue(fd, ram_fd, spec, is_private=is_private)
     with ExitStack() as stack:
         source = stack.enter_context(FdSource(fd, PATIENCE_S))
         replies = None
         if replies_fd is not None:
             replies = stack.enter_context(FdSink(replies_fd, PATIENCE_S))
-        # That of a clone nobody has read yet: it comes from another VM's process, as the rest does.
-        reader = StreamReader(source, spec.received.manifest.encode() or None)
+        reader = StreamReader(source, spec.received.manifest.encode())
         manifest = reader.manifest
         _check(manifest, spec)
         check_cpuid(manifest.cpuid, own_cpuid(kvm, spec))
-        if ram_fd is not None and os.fstat(ram_fd).st_size != manifest.memory_size:
-            raise SnapshotError("memory: not as large as the manifest says")
-        mapped = (ram_fd, 0) if ram_fd is not None and is_private else None
-        memory = GuestMemory(manifest.regions, spec.name, is_private=is_private, mapped=mapped)
+        memory = GuestMemory(manifest.regions, spec.name, is_private=is_private)
         try:
-            state = states.decode(_read(reader, memory, ram_fd, is_mapped=is_private))
+            state = states.decode(reader.read_machine(memory))
             image = _image(manifest, state.blobs.get("rom/contents", b""))
             if replies:
                 say_ready(replies)
@@ -133,15 +132,33 @@ def _load(fd: int, spec: VmSpec, kvm: Kvm, *, is_private: bool) -> Arrived:
     return _arrived(manifest, state, memory, image)
 
 
-def _read(
-    reader: StreamReader, memory: GuestMemory, ram_fd: int | None, *, is_mapped: bool
-) -> bytes:
-    """Fill RAM that is not mapped already, and return the state of all else."""
-    if ram_fd is None:
-        return reader.read_machine(memory)
-    if not is_mapped:
-        read_extents(ram_fd, memory)
-    return reader.read_state()
+def _continue(fd: int, ram_fd: int, spec: VmSpec, *, is_private: bool) -> Arrived:
+    """Continue as a clone, from what a VM of this host has left in sealed memory.
+
+    Both come from that VM's process, and nobody has read them yet. What `ram_fd` holds is mapped if
+    no other process needs it, else copied.
+    """
+    try:
+        contents = memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ))
+    except ValueError as err:  # so says Python where there is nothing
+        raise SnapshotError(f"state: {err}") from err
+    finally:
+        os.close(fd)
+    manifest, told = parse_head(contents)
+    _check(manifest, spec)
+    if os.fstat(ram_fd).st_size != manifest.memory_size:
+        raise SnapshotError("memory: not as large as the manifest says")
+    state = states.decode(told)
+    image = _image(manifest, state.blobs.get("rom/contents", b""))
+    mapped = (ram_fd, 0) if is_private else None
+    memory = GuestMemory(manifest.regions, spec.name, is_private=is_private, mapped=mapped)
+    if mapped is None:
+        try:
+            read_extents(ram_fd, memory)
+        except BaseException:
+            memory.close()
+            raise
+    return _arrived(manifest, state, memory, image)
 
 
 def own_cpuid(kvm: Kvm, spec: VmSpec) -> tuple[CpuidRecord, ...]:

@@ -5,18 +5,21 @@ Afterwards it has most of the pages that it needs to itself: a start does not wa
 
 import os
 from contextlib import ExitStack
+from functools import cache
 
 from vmd.shared.vm_devices import Connections
-from vmd.vm.capturing import NO_BOOT
+from vmd.vm.capturing import NO_BOOT, NO_CPUID
 from vmd.vm.machine_spec import machine_spec_of
-from vmd.vm.receiving import own_cpuid, receive
+from vmd.vm.receiving import receive
 from vmd.vm.sending import manifest_of
 from vmd.wire.channel import Fds
 from vmd.wire.internal import VmSpec
 from vmd.wire.transfers import ReceivedSpec
 from vmm_kvm.arch.x86.bios import FirmwareImage
 from vmm_kvm.bits import MIB
+from vmm_kvm.errors import VmmError
 from vmm_kvm.kvm.system import Kvm
+from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.machine.machine import Machine
 from vmm_kvm.machine.spec import MachineSpec
@@ -27,6 +30,8 @@ from vmm_kvm.primitives import Vmm
 from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.state import State
 from vmm_kvm.snapshot.stream import head
+
+log = Log(__name__)
 
 _NAME = "rehearsal"
 _ROM = 4096  # bytes of firmware that never runs
@@ -43,27 +48,46 @@ _SPEC = VmSpec(
 )
 
 
+_MACHINE = MachineSpec(image=FirmwareImage(_NAME, bytes(_ROM), _ROM), memory_size=MIB)
+
+
+@cache
+def _left_by_another(kvm: Kvm) -> bytes:
+    """Return what a clone continues from, made once: processes forked later have it.
+
+    Raises:
+        VmmError, OSError: no machine can be made.
+    """
+    with Vmm(kvm) as vmm, EventLoop() as loop, _machine(_MACHINE, vmm, loop) as machine:
+        machine.pause()
+        saved = save(machine)
+        state = states.encode(State(saved.parts, saved.blobs))
+        return head(manifest_of(machine, _SPEC, NO_BOOT, len(state), NO_CPUID)) + state
+
+
+def prepare_clones(kvm: Kvm) -> None:
+    """Have processes that are forked later rehearse with less work of their own."""
+    try:
+        _left_by_another(kvm)
+    except (VmmError, OSError) as err:  # they find out by themselves
+        log.debug("no clones are rehearsed: %s", err)
+
+
 def rehearse(kvm: Kvm, *, is_clone: bool) -> None:
-    """Make a small machine and forget it; with `is_clone` another too, which continues from it.
+    """Make a small machine, with `is_clone` one that continues from another, and forget it.
 
     Raises:
         VmmError, OSError: none can be made.
     """
-    spec = MachineSpec(image=FirmwareImage(_NAME, bytes(_ROM), _ROM), memory_size=MIB)
+    left = _left_by_another(kvm) if is_clone else b""
     with Vmm(kvm) as vmm, EventLoop() as loop:
-        with _machine(spec, vmm, loop) as machine:
-            if not is_clone:
-                return
-            machine.pause()
-            saved = save(machine)
-            state = states.encode(State(saved.parts, saved.blobs))
-            cpuid = own_cpuid(kvm, _SPEC)
-            manifest = manifest_of(machine, _SPEC, NO_BOOT, len(state), cpuid)
+        if not is_clone:
+            _machine(_MACHINE, vmm, loop).close()
+            return
         with ExitStack() as stack:
             ram_fd = make_memory(_NAME, MIB)
             stack.callback(os.close, ram_fd)
-            stream = make_constant(_NAME, (head(manifest), state))
-            os.lseek(stream, 0, os.SEEK_SET)
+            stream = make_constant(_NAME, (left,))
             received = receive(stream, _SPEC, kvm, is_private=True, ram_fd=ram_fd)
             stack.callback(received.memory.close)
             spec = machine_spec_of(

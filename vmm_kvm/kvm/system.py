@@ -39,7 +39,7 @@ class Kvm:
     Every method may be called from any thread.
     """
 
-    __slots__ = ("api_version", "fd", "known_cpuid", "vcpu_mmap_size")
+    __slots__ = ("api_version", "fd", "known_cpuid", "ready", "vcpu_mmap_size")
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         """Open `path`.
@@ -54,6 +54,8 @@ class Kvm:
             errno = err.errno or ENODEV
             raise KvmError(path, errno, open_hint(path, errno)) from err
         self.fd = fd
+        self.ready: Vm | None = None
+        """The VM that `make_ready` has made, until `create_vm` returns it."""
         self.known_cpuid: tuple[CpuidEntry, ...] = ()
         self.api_version, self.vcpu_mmap_size = _probe(fd, path)
 
@@ -67,6 +69,7 @@ class Kvm:
         kvm = cls.__new__(cls)
         kvm.fd = fd
         kvm.known_cpuid = ()
+        kvm.ready = None
         kvm.api_version, kvm.vcpu_mmap_size = _probe(fd, f"fd {fd}")
         return kvm
 
@@ -75,6 +78,9 @@ class Kvm:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+        ready, self.ready = self.ready, None
+        if ready:
+            ready.close()
 
     def __enter__(self) -> Self:
         return self
@@ -177,6 +183,20 @@ class Kvm:
 
         Source: KVM API §4.2.
         """
+        if self.ready and vm_type == 0:
+            ready, self.ready = self.ready, None
+            return ready
+        return self._make_vm(vm_type)
+
+    def make_ready(self) -> None:
+        """Make this process's next VM, of type 0, now: `create_vm` will not wait for the kernel.
+
+        Raises:
+            KvmError: as `create_vm`.
+        """
+        self.ready = self._make_vm(0)
+
+    def _make_vm(self, vm_type: int) -> Vm:
         try:
             fd = retried_ioctl(self.fd, abi.KVM_CREATE_VM, vm_type)
         except KvmError as err:

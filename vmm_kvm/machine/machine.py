@@ -89,8 +89,7 @@ class Machine:
     `on_receive_room` is called, on any thread, when the serial port can take input again; with
     the port's lock held, so it may only post to an event loop. `on_halt` is called on a device's
     thread when a request of a disk waits for the host: the callee has an event loop pause the
-    machine, and `resume` has the request tried again. `vmm`, the table that the VM is in, stays the
-    caller's.
+    machine, and `resume` has the request tried again. `vmm`, the VM's table, stays the caller's.
     """
 
     def __init__(
@@ -179,6 +178,7 @@ class Machine:
                 self._vm_id,
                 self.pio,
                 self.mmio,
+                count=spec.cpus,
                 collected=self._output,
                 on_exit=self._exit,
                 on_failure=lambda err: self._end(Crash(f"{self.spec.name}: {err}")),

@@ -36,15 +36,12 @@ class Runner:
         pio: Bus,
         mmio: Bus,
         *,
+        count: int,
         collected: Collected | None,
         on_exit: Callable[[Vcpu, Exit], None],
         on_failure: Callable[[Exception], None],
     ) -> None:
-        """Prepare one thread per vCPU; none runs before `start`.
-
-        Raises:
-            RefusedError: there is no such VM.
-        """
+        """Prepare a thread for each of `count` vCPUs; none runs before `start`."""
         self._vmm = vmm
         self._vm_id = vm_id
         self._pio = pio
@@ -52,7 +49,7 @@ class Runner:
         self._collected = collected
         self._on_exit = on_exit
         self._on_failure = on_failure
-        self._count = primitives.info_of(vmm, vm_id).ncpus
+        self._count = count
         self.renew()
 
     def renew(self) -> None:

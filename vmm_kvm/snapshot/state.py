@@ -54,7 +54,7 @@ def encode(state: State) -> bytes:
     return data
 
 
-def decode(data: bytes) -> State:
+def decode(data: bytes | memoryview) -> State:
     """Return the state that bytes describe; the fields of its parts are not checked.
 
     Raises:
@@ -66,13 +66,13 @@ def decode(data: bytes) -> State:
     if start > len(data):
         raise SnapshotError("state: cut short")
     blobs: dict[str, bytes] = {}
-    parts, listed = _index(data[_SIZE.size : start])
+    parts, listed = _index(bytes(data[_SIZE.size : start]))
     for name, size in listed:
         if name in blobs:
             raise SnapshotError(f"state: blob {name!r} is there twice")
         if size > len(data) - start:
             raise SnapshotError(f"state: blob {name!r}: cut short")
-        blobs[name] = data[start : start + size]
+        blobs[name] = bytes(data[start : start + size])
         start += size
     if start != len(data):
         raise SnapshotError("state: bytes behind the last blob")

@@ -143,6 +143,31 @@ def head(manifest: Manifest) -> bytes:
     return _HEAD.pack(MAGIC, len(text)) + text
 
 
+def parse_head(data: memoryview) -> tuple[Manifest, memoryview]:
+    """Return the manifest and the state of what `head` and a state make, which no RAM follows.
+
+    Raises:
+        SnapshotError: it is no such thing.
+    """
+    if len(data) < HEAD_SIZE:
+        raise SnapshotError("header: the stream ends too early")
+    magic, size = _HEAD.unpack_from(data)
+    check_magic(magic, MAGIC)
+    manifest = manifests.decode(_manifest_text(data[HEAD_SIZE:], size))
+    state = data[HEAD_SIZE + size :]
+    if len(state) != manifest.state_size:
+        raise SnapshotError(f"state: {len(state)} bytes, not {manifest.state_size}")
+    return manifest, state
+
+
+def _manifest_text(data: memoryview, size: int) -> bytes:
+    if size > MANIFEST_MAX:
+        raise SnapshotError(f"manifest: {size} bytes, at most {MANIFEST_MAX} are possible")
+    if size > len(data):
+        raise SnapshotError("manifest: the stream ends too early")
+    return bytes(data[:size])
+
+
 def check_magic(found: bytes, wanted: bytes) -> None:
     """Refuse what does not begin as a snapshot does.
 

@@ -23,7 +23,7 @@ from vmm_kvm.bits import MIB, PAGE_SIZE
 from vmm_kvm.errors import SnapshotError
 from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.state import State
-from vmm_kvm.snapshot.stream import StreamReader, write_stream
+from vmm_kvm.snapshot.stream import StreamReader, head, parse_head, write_stream
 
 GOLDEN = Path(__file__).with_name("golden.stream")
 WRITTEN = "41e484a5eb956c195981ab819c42279370614880d168bc1c641cbf7d26c95c19"
@@ -183,3 +183,32 @@ def test_state_that_is_none_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(SnapshotError) as caught:
         states.decode(data)
     assert message in str(caught.value)
+
+
+LEFT = head(MANIFEST) + STATE_BYTES
+"""What a clone continues from, besides RAM."""
+
+
+def test_what_is_left_for_clones_is_read() -> None:
+    """Manifest and state come out of it unchanged, and the state as views."""
+    manifest, state = parse_head(memoryview(LEFT))
+    assert (manifest, states.decode(state)) == (MANIFEST, STATE)
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"", "header: the stream ends too early"),
+        (LEFT[:11], "header: the stream ends too early"),
+        (b"X" + LEFT[1:], "incompatible dump signature"),
+        (LEFT[:13], "manifest: the stream ends too early"),
+        (LEFT[:8] + b"\xff" * 4 + LEFT[12:], "manifest: 4294967295 bytes, at most 65536 are"),
+        (LEFT[:-1], f"state: {len(STATE_BYTES) - 1} bytes, not {len(STATE_BYTES)}"),
+        (LEFT + b"\0", f"state: {len(STATE_BYTES) + 1} bytes, not {len(STATE_BYTES)}"),
+    ],
+)
+def test_what_is_left_for_clones_and_damaged_is_refused(data: bytes, text: str) -> None:
+    """In one line."""
+    with pytest.raises(SnapshotError) as caught:
+        parse_head(memoryview(data))
+    assert str(caught.value).startswith(text)
