@@ -10,11 +10,13 @@ not; a file of a disk blocks, but comes back.
 import fcntl
 import os
 import select
-import socket
 import stat
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from vmm_kvm.errors import SnapshotError
+
+if TYPE_CHECKING:  # loaded where there is one: `run --from` reads a file
+    import socket
 
 _WRITE_MAX = 1 << 20
 
@@ -77,10 +79,14 @@ class FdSink(_End):
             OSError: it is closed.
         """
         super().__init__(fd, patience_s, cancel_fd)
+        self._flags = 0
         try:
             mode = check_kind(fd, os.O_WRONLY)
             if stat.S_ISSOCK(mode):
+                import socket  # noqa: PLC0415 - see above
+
                 self._socket = socket.socket(fileno=fd)
+                self._flags = socket.MSG_DONTWAIT
             elif stat.S_ISFIFO(mode):
                 os.set_blocking(fd, False)
         except BaseException:
@@ -100,7 +106,7 @@ class FdSink(_End):
             self._wait(select.POLLOUT, "read")
             try:
                 if self._socket:
-                    count = self._socket.send(view[:_WRITE_MAX], socket.MSG_DONTWAIT)
+                    count = self._socket.send(view[:_WRITE_MAX], self._flags)
                 else:
                     count = os.write(self._fd, view[:_WRITE_MAX])
             except BlockingIOError:  # less room than this takes at once
