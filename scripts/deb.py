@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import dependencies
-from dependencies import ROOT, Requirement
+from dependencies import ROOT, Requirement, run_program
 from project_files import copy_files
 
 BUILD = ROOT / "build" / "deb"
@@ -96,4 +96,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program("deb", main)

@@ -23,6 +23,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from vmm_kvm.standard_streams import run_program  # noqa: E402 - found by the line above
+
 PYTHON = (3, 11)
 
 
@@ -214,4 +218,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program("dependencies", lambda: main(sys.argv[1:]))

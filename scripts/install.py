@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import dependencies
+from dependencies import run_program
 
 ROOT = dependencies.ROOT
 HOME = "lib/vmm-kvm"
@@ -192,4 +193,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program("install", main)

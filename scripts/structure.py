@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests import layers
+from vmm_kvm.standard_streams import run_program
 
 BEGIN = "<!-- layers: made from tests/layers.py by scripts/structure.py --write -->\n"
 END = "<!-- end of layers -->\n"
@@ -85,4 +86,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program("structure", main)

@@ -435,7 +435,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmctl.values": ("vmm_kvm.errors", "vmm_kvm.limits", "vmm_kvm.record", "vmd.config", "vmctl"),
     "vmctl.screen": ("vmm_kvm.text",),
     "vmctl.screen.progress": ("rich",),
-    "vmctl.line": ("vmm_kvm.log", "vmm_kvm.version", "vmctl", "typer"),
+    "vmctl.line": ("vmm_kvm.text", "vmm_kvm.log", "vmm_kvm.version", "vmctl", "typer"),
     "vmctl.__main__": ("vmm_kvm.standard_streams", "vmctl.line"),
     "vmctl.images": (
         "vmm_kvm.absolute",
@@ -551,6 +551,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmm_agent": (),
     "vmm_pytest": (
+        "vmm_kvm.standard_streams",
         "vmm_kvm.text",
         "vmm_kvm.libc",
         "vmd.shared",

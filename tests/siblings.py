@@ -29,8 +29,90 @@ SIBLINGS: Final[dict[str, dict[str, str]]] = {
             "tests/unit/test_standard_streams.py::test_lost_messages_change_no_status"
         ),
         "programs besides vmctl": "tests/unit/test_standard_streams.py::test_other_programs",
+        "their messages": (
+            "tests/unit/test_standard_streams.py::test_other_programs_whose_messages_are_lost"
+        ),
         "a pipe that another program made non-blocking": (
             "tests/unit/test_standard_streams.py::test_a_non_blocking_output_is_waited_for"
+        ),
+    },
+    "a file of another format is taken for a raw disk": {
+        "packed files, by what begins them": (
+            "tests/unit/block/test_vmctl_create.py::test_compressed_images_are_refused"
+        ),
+        "archives, and pages of a failed download": (
+            "tests/unit/block/test_vmctl_create.py::test_archives_are_refused"
+        ),
+        "the name of a new image": (
+            "tests/unit/block/test_vmctl_create.py::test_a_new_image_is_not_named_like_another_format"
+        ),
+        "a base of an overlay": (
+            "tests/unit/block/test_vmctl_create.py::test_a_base_that_is_no_image_is_refused"
+        ),
+        "devices, pipes and folders": (
+            "tests/unit/block/test_vmctl_create.py::test_what_no_disk_can_be_in"
+        ),
+    },
+    "a command that was ended leaves half a file": {
+        "a source that cannot be read": (
+            "tests/unit/block/test_vmctl_create.py::test_a_copy_that_fails_is_removed"
+        ),
+        "a file of the same name that came meanwhile": (
+            "tests/unit/block/test_vmctl_create.py::test_a_copy_takes_no_place_that_was_taken_meanwhile"
+        ),
+        "a signal that is ignored": (
+            "tests/unit/block/test_vmctl_create.py::test_a_signal_that_is_ignored_ends_no_copy"
+        ),
+    },
+    "an overlay is made that nobody can open, or whose base changes": {
+        "a base below the base that is written": (
+            "tests/unit/block/test_bases.py::test_a_base_below_the_base"
+        ),
+        "a base with a colon in its path, which readers take for a protocol": (
+            "tests/unit/block/test_bases.py::test_a_base_with_a_colon"
+        ),
+        "loops, bases that are gone, remote, damaged or no file": (
+            "tests/unit/block/test_bases.py::test_no_base_that_nobody_can_open"
+        ),
+        "copies and changes of the size of an image that is written": (
+            "tests/unit/block/test_bases.py::test_a_base_that_qemu_writes"
+        ),
+        "a path that no header holds": (
+            "tests/unit/block/test_bases.py::test_a_base_with_a_path_that_no_header_holds"
+        ),
+        "a directory that was removed": (
+            "tests/unit/block/test_bases.py::test_a_directory_that_was_removed"
+        ),
+    },
+    "a device that is read-only is written; a sparse disk takes minutes to copy": {
+        "clusters that are allocated and were never written": (
+            "tests/unit/block/test_sparse_copies.py::test_qcow2_images[preallocation=metadata]"
+        ),
+        "tables of small clusters and of subclusters": (
+            "tests/unit/block/test_sparse_copies.py::test_qcow2_images[cluster_size=512]"
+        ),
+        "many small pieces of data far apart": (
+            "tests/unit/block/test_sparse_copies.py::test_scattered_blocks"
+        ),
+        "holes in the base of an overlay": (
+            "tests/unit/block/test_sparse_copies.py::test_an_overlay"
+        ),
+        "read-only devices of `run` and `image resize`": (
+            "tests/unit/block/test_sparse_copies.py::test_read_only_devices"
+        ),
+    },
+    "a name is no UTF-8": {
+        "words that vmctl does not know, and a name without a size": (
+            "tests/unit/vmctl/test_odd_names.py::test_vmctl"
+        ),
+        "included files, owners and disks of vm.conf": (
+            "tests/unit/vmctl/test_odd_names.py::test_vmd"
+        ),
+        "results as JSON, and names of bases": (
+            "tests/unit/vmctl/test_odd_names.py::test_sound_images"
+        ),
+        "the daemon's log and answers": (
+            "tests/system/vmd/test_names.py::test_files_of_the_configuration"
         ),
     },
     # The daemon reports success and does nothing, or fails without a reason

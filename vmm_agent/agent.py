@@ -1189,8 +1189,14 @@ class Server:
             wire.say(FAILED, code=code, message=message)
 
 
+def _tell(line: str) -> None:
+    """Write a message, which is lost if standard error cannot be written."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode(errors="surrogateescape"))
+
+
 def _usage() -> int:
-    print("usage: vmm-agent [--port number | --unix path | --fd number]", file=sys.stderr)
+    _tell("usage: vmm-agent [--port number | --unix path | --fd number]")
     return 2
 
 
@@ -1222,7 +1228,7 @@ def main(arguments: list[str] | None = None) -> int:
             listener.bind((_VMADDR_CID_ANY, int(value)))
         listener.listen(SESSIONS_MAX)
     except OSError as err:
-        print(f"vmm-agent: {kind} {value}: {err.strerror or err}", file=sys.stderr)
+        _tell(f"vmm-agent: {kind} {value}: {err.strerror or err}")
         return 1
     _load_databases()
     with listener:

@@ -13,7 +13,8 @@ from contextlib import suppress
 from errno import EEXIST, EINVAL, EISDIR, ENOSYS, EOPNOTSUPP, EPERM
 from typing import Self
 
-_NO_UNNAMED_FILES = {EOPNOTSUPP, EISDIR, EINVAL, ENOSYS}
+# EPERM is overlayfs' answer in a directory that was removed: the other way says what is wrong.
+_NO_UNNAMED_FILES = {EOPNOTSUPP, EISDIR, EINVAL, ENOSYS, EPERM}
 _NO_LINKS = {EPERM, EOPNOTSUPP, EINVAL, ENOSYS}
 _NAME_BYTES = 200
 """Of the file's name that its temporary one repeats; a name has at most 255 bytes."""

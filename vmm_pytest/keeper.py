@@ -24,6 +24,7 @@ from types import FrameType
 
 from vmctl.client import Client, CommandError
 from vmm_kvm.libc import LIBC
+from vmm_kvm.standard_streams import open_standard_descriptors
 from vmm_pytest.run import stop_all
 
 _START_S = 90.0
@@ -185,6 +186,7 @@ def _die_with_parent() -> None:
 
 def main() -> int:
     """Be the first process, and then the keeper."""
+    open_standard_descriptors()
     folder, name, *daemon = sys.argv[1:]
     read_fd, write_fd = os.pipe()
     if os.fork():

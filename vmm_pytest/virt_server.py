@@ -23,6 +23,7 @@ from vmctl.client import Client, CommandError
 from vmctl.guest.agent import AgentError
 from vmctl.guest.copying import copy_contents_in, copy_file_in, copy_file_out, copy_tree_out
 from vmd.shared.paths import client_socket
+from vmm_kvm.standard_streams import run_program
 from vmm_kvm.text import printable
 from vmm_pytest.machine import Machine, MachineError
 from vmm_pytest.run import NoMachinesError, Run, RunError
@@ -228,8 +229,12 @@ def _maker(given: argparse.Namespace, run: Run) -> Callable[[], Machine]:
     return lambda: templates.get(**settings).clone()
 
 
-def main() -> int:
-    """Serve autopkgtest; returns the exit status."""
+def main() -> None:
+    """Serve autopkgtest; exits with its status."""
+    run_program(_NAME, _serve)
+
+
+def _serve() -> int:
     given = _parser().parse_args()
     is_running = given.template or given.snapshot or given.socket
     daemon = (given.socket or client_socket(os.environ)) if is_running else None
@@ -261,4 +266,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

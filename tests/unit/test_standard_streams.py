@@ -208,8 +208,14 @@ def test_create_with_closed_descriptors(
     [
         [PYTHON, "-m", "vmm_kvm.commands.vmm_blk", "--print-capabilities"],
         [PYTHON, "-m", "vmm_kvm.commands.vmm_net", "--help"],
+        [PYTHON, "-m", "vmm_pytest.virt_server", "--help"],
         [PYTHON, "scripts/protocol.py"],
         [PYTHON, "scripts/demo.py", "--help"],
+        [PYTHON, "scripts/structure.py"],
+        [PYTHON, "scripts/dependencies.py", "debian"],
+        [PYTHON, "scripts/install.py", "--help"],
+        [PYTHON, "scripts/deb.py", "--help"],
+        [PYTHON, "-m", "vmd", "--version"],
     ],
     ids=lambda words: " ".join(words[1:]),
 )
@@ -219,6 +225,28 @@ def test_other_programs(arguments: list[str], redirection: str) -> None:
     status, output, errors = redirected(redirection, *arguments)
     assert (status, output, errors.count("\n")) == (1, "", 1)
     assert ": standard output: " in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ([PYTHON, "vmm_agent/agent.py", "--mistaken"], 2),
+        ([PYTHON, "vmm_agent/agent.py", "--unix", "/nonexistent/agent"], 1),
+        ([PYTHON, "-m", "vmm_pytest.virt_server", "--socket", "/nonexistent"], 16),
+        ([PYTHON, "-m", "vmm_pytest.virt_server", "--mistaken"], 2),
+        ([PYTHON, "-m", "vmm_kvm.commands.vmm_blk", "--socket-path=/nonexistent/s", "/none"], 1),
+        ([PYTHON, "-m", "vmm_kvm.commands.vmm_net", "--mistaken"], 2),
+        ([PYTHON, "-m", "vmd", "--mistaken"], 1),
+        ([PYTHON, "scripts/dependencies.py", "mistaken"], 2),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else None,
+)
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&- <&-", ">/dev/full 2>/dev/full"])
+def test_other_programs_whose_messages_are_lost(
+    arguments: list[str], status: int, redirection: str
+) -> None:
+    """Each program of ours keeps its status if no message can be written."""
+    assert redirected(redirection, *arguments) == (status, "", "")
 
 
 @pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])

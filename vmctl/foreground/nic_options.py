@@ -137,7 +137,7 @@ def parse_nic(text: str) -> NicOption:
     word, _, what = head.partition(":")
     if word not in set(NicKind):
         kinds = choice([kind.value for kind in NicKind])
-        raise SpecError(f"invalid interface: {text}: unknown kind {word!r} ({kinds})")
+        raise SpecError(f"invalid interface: {text}: unknown kind '{word}' ({kinds})")
     nic = NicOption(NicKind(word), what)
     if bool(what) != (nic.kind in _NAMED):
         problem = "has no name" if not what else "takes no name"

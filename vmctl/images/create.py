@@ -29,6 +29,7 @@ from vmm_kvm.images.create import (
     rounded_up,
 )
 from vmm_kvm.images.opening import CHAIN_MAX, image_chain, open_image
+from vmm_kvm.text import printable
 
 _MIB = 1 << 20
 _LONG_COPY = 256 * _MIB  # after this time users want to see progress
@@ -74,7 +75,7 @@ def _create(
             number, base_format = _over_base(named_base, target.path, number)
             base = named_base.path
         if number is None:
-            print(f"could not create {named}: missing size argument", file=sys.stderr)
+            print(f"could not create {printable(named)}: missing size argument", file=sys.stderr)
             print(usage(VERBS["create"]), file=sys.stderr)
             raise RefusedError("")
         try:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from vmctl.line.options import Option
 from vmctl.line.verbs import GLOBAL_USAGE, VERBS, Verb, matches, names, usage
+from vmm_kvm.text import printable
 
 EXIT_ERROR = 1
 
@@ -60,7 +61,7 @@ def main(
             _log_everything()
         return _perform(invocation, on_loaded)
     except UsageError as err:
-        print(err, file=sys.stderr)
+        print(printable(str(err), kept="\n\t"), file=sys.stderr)
         return EXIT_ERROR
 
 

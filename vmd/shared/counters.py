@@ -72,7 +72,7 @@ class CountedImage:
         self.discard = image.discard
         self.write_zeroes = image.write_zeroes
         self.close = image.close
-        self.reads_zero = image.reads_zero
+        self.reads_zero, self.parts = image.reads_zero, image.parts
         self.peek = image.readv
 
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:

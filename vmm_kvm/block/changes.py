@@ -83,7 +83,8 @@ class LoggedImage:
         self._image, self._log = image, log
         self.size, self.is_read_only = image.size, image.is_read_only
         self.readv, self.flush = image.readv, image.flush
-        self.reads_zero, self.close = image.reads_zero, image.close
+        self.reads_zero, self.parts = image.reads_zero, image.parts
+        self.close = image.close
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write all of `buffers`."""

@@ -1,6 +1,6 @@
 """Disk images of every format: the interface that all of them have."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
@@ -55,6 +55,15 @@ class StoredImage(Image, Protocol):
 
     def reads_zero(self, offset: int, length: int) -> bool:
         """Tell whether a range is known to read as zero, without reading it."""
+
+    def parts(self, offset: int, length: int) -> Iterator[tuple[int, bool]]:
+        """Yield the sizes of the parts of a range, and whether each is known to read as zero.
+
+        The image is not written meanwhile. One hole is one part, or few, however large it is.
+
+        Raises:
+            OSError: the file or a table cannot be read, or is corrupt.
+        """
 
 
 class Layer(NamedTuple):

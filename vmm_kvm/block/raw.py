@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from vmm_kvm.bits import align_up
 from vmm_kvm.block.file import HostFile
@@ -42,6 +42,10 @@ class RawImage:
     def reads_zero(self, offset: int, length: int) -> bool:
         """Tell whether a range is a hole in the file."""
         return self._file.is_hole(offset, length)
+
+    def parts(self, offset: int, length: int) -> Iterator[tuple[int, bool]]:
+        """Yield the sizes of the parts of a range, and whether each is a hole in the file."""
+        return self._file.parts(offset, length)
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write all of `buffers`.

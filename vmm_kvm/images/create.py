@@ -4,7 +4,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from errno import ERANGE
+from errno import ENAMETOOLONG, ERANGE
 
 from vmm_kvm.bits import MIB
 from vmm_kvm.block.image import Format, Layer, StoredImage
@@ -31,8 +31,6 @@ _COUNTS_PER_BLOCK = _CLUSTER_SIZE // 2
 _BLOCKS_PER_TABLE_CLUSTER = _CLUSTER_SIZE // 8
 _BLOCK_SIZE = 64 << 10
 _PIECE = 1 << 20
-_REGION = 1 << 30
-"""Bytes whose zeros are looked up at once: two L2 tables of a qcow2 image."""
 
 
 def create_raw(path: str, size: int) -> None:
@@ -49,7 +47,8 @@ def create_qcow2(
 ) -> None:
     """Create a qcow2 image of `size` bytes at `path`, where no file may be yet.
 
-    `base` is the path of an image, as it is to stand in the header, and `base_format` its format.
+    `base` is the path of an image, for the header, and `base_format` its format. A path that
+    readers would take for a protocol, such as `nbd:host`, is written as `./nbd:host`.
 
     Raises:
         OSError: it cannot be made, ERANGE because it would be too large; nothing is left of it.
@@ -57,6 +56,8 @@ def create_qcow2(
     Source: section 19.2 of OpenBSD's behaviour; qcow2 specification. Unlike OpenBSD's, the
     header names the format of the base, so that no reader has to guess it.
     """
+    if base is not None and ":" in base.partition("/")[0]:
+        base = f"./{base}"
     with NewFile(path) as new:
         _write_qcow2(new.fd, size, None if base is None else Backing(base, base_format))
         new.publish(durable=False)  # the disk is all zeros: nothing of value is lost
@@ -88,7 +89,8 @@ def _header(
     if base is not None:
         path = os.fsencode(base.path)
         if len(path) > BACKING_PATH_MAX:
-            raise OSError(ERANGE, os.strerror(ERANGE))
+            text = f"a base's path has at most {BACKING_PATH_MAX} bytes"
+            raise OSError(ENAMETOOLONG, text)
         named = (base.disk_format or "").encode()
         extensions = EXTENSION.pack(EXTENSION_BACKING_FORMAT, len(named)) + named.ljust(8, b"\0")
         extensions += EXTENSION.pack(0, 0)
@@ -204,26 +206,30 @@ def copy(source: StoredImage, target: StoredImage, advance: Callable[[int], None
 def _pieces(source: StoredImage) -> Iterator[tuple[int, int, bool]]:
     """Yield start and size of the parts of a disk, and whether each is known to be zeros.
 
-    Parts with data have at most `_PIECE` bytes. Each region of zeros costs one look-up.
+    Parts with data have at most `_PIECE` bytes; short runs of zeros belong to the data.
 
     Raises:
         SourceError: the disk cannot be read.
     """
-    waiting = [
-        (start, min(_REGION, source.size - start)) for start in range(0, source.size, _REGION)
-    ]
-    waiting.reverse()
-    while waiting:
-        start, size = waiting.pop()
+    start = at = 0
+    parts = source.parts(0, source.size)
+    while at < source.size:
         try:
-            is_empty = source.reads_zero(start, size)
+            size, is_empty = next(parts)
         except OSError as err:
             raise SourceError(err.errno, err.strerror) from err
-        if is_empty or size <= _PIECE:
-            yield start, size, is_empty
-        else:
-            first = max(_PIECE, size // 2 // _PIECE * _PIECE)
-            waiting += ((start + first, size - first), (start, first))
+        is_gap = is_empty and size >= _BLOCK_SIZE
+        at += 0 if is_gap else size
+        while at - start >= _PIECE or (is_gap and at > start):
+            piece = min(_PIECE, at - start)
+            yield start, piece, False
+            start += piece
+        if is_gap:
+            yield at, size, True
+            at += size
+            start = at
+    if at > start:
+        yield start, at - start, False
 
 
 def _write_blocks(target: StoredImage, start: int, piece: memoryview) -> None:

@@ -19,7 +19,7 @@ from tests.vmctl_driver import VMCTL
 from vmctl.images.disk_files import DiskFile, parse_disk
 from vmctl.line.cli import main
 from vmm_kvm.block.device import is_read_only_device
-from vmm_kvm.block.image import Format, StoredImage
+from vmm_kvm.block.image import Format
 from vmm_kvm.errors import ImageError
 from vmm_kvm.images.create import copy, create_image, create_qcow2, open_snapshot
 from vmm_kvm.images.opening import open_image
@@ -604,21 +604,12 @@ def test_no_overlay_that_nobody_can_open(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("disk_format", list(Format))
 @pytest.mark.parametrize("place", [0, 3 << 40, (8 << 40) - MIB])
-def test_a_huge_disk_with_little_in_it(
-    disk_format: Format, place: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A copy skips holes: 8 TiB with one block take few system calls, and are equal."""
+def test_a_huge_disk_with_little_in_it(disk_format: Format, place: int) -> None:
+    """A copy skips holes: 8 TiB with one block are a few parts, and are equal."""
     create_image("a.img", disk_format, 8 << 40)
     write("a.img", disk_format, place, b"data")
     image = open_image("a.img", disk_format, True)
-    asked: list[int] = []
-    reads_zero = type(image).reads_zero
-
-    def counted(image: StoredImage, offset: int, length: int) -> bool:
-        asked.append(length)
-        return reads_zero(image, offset, length)
-
-    monkeypatch.setattr(type(image), "reads_zero", counted)
+    assert len(list(image.parts(0, image.size))) <= 4
     create_qcow2("b.qcow2", 8 << 40)
     target = open_image("b.qcow2", Format.QCOW2, False)
     done: list[int] = []
@@ -626,7 +617,6 @@ def test_a_huge_disk_with_little_in_it(
     target.close()
     image.close()
     assert sum(done) == 8 << 40
-    assert len(asked) < 9000
     assert read("b.qcow2", Format.QCOW2, place, 8) == b"data" + bytes(4)
 
 

@@ -74,7 +74,7 @@ def refuse(
         BootError: one of them is set.
     """
     if command_line and config.command_line:
-        raise BootError(f"{name}: {kind} takes no command line: {config.command_line!r}")
+        raise BootError(f"{name}: {kind} takes no command line: '{config.command_line}'")
     if initrd and config.initrd:
         raise BootError(f"{name}: {kind} takes no initrd: {config.initrd[0]}")
     if modules and config.modules:

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from vmm_kvm.block.file import HostFile
@@ -88,6 +88,10 @@ class Qcow2Image:
     def reads_zero(self, offset: int, length: int) -> bool:
         """Tell whether a range is known to read as zero, without reading it."""
         return self._reader.reads_zero(offset, length)
+
+    def parts(self, offset: int, length: int) -> Iterator[tuple[int, bool]]:
+        """Yield the sizes of the parts of a range, and whether each is known to read as zero."""
+        return self._reader.parts(offset, length)
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write all of `buffers`."""

@@ -98,11 +98,18 @@ class Mapping:
             stop = min(end, (index + 1) << table_bits)
             table = self._tables.get(index)
             if table is None:
+                following = self._tables.next_index(index, (end - 1 >> table_bits) + 1)
+                stop = min(end, following << table_bits)
                 self._append(found, Kind.HOLE, 0, stop - offset)
             else:
                 walk(found, table.words, offset, stop)
             offset = stop
         return found
+
+    def end_of_gap(self, offset: int, end: int) -> int:
+        """Return where the range of an L2 table begins, from `offset` on; `end` if none before."""
+        following = self._tables.next_index(offset >> self._table_bits, end >> self._table_bits)
+        return min(end, following << self._table_bits)
 
     def _append(self, found: list[Extent], kind: Kind, host: int, size: int) -> None:
         """Add an extent, merged with the last one if it continues that."""
@@ -172,7 +179,8 @@ class Mapping:
                 within = offset & (self._cluster_size - 1)
                 place = within >> bits
                 state = bitmap >> place & _STATE
-                run = place + 1
+                # Most clusters are allocated as a whole, or not at all.
+                run = SUBCLUSTERS if bitmap in {0, ALL_SUBCLUSTERS} else place + 1
                 while run < SUBCLUSTERS and bitmap >> run & _STATE == state:
                     run += 1
                 size = min(end - offset, (run << bits) - within)

@@ -1,6 +1,6 @@
 """Reading a disk: from the image, its compressed clusters, and its base."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from vmm_kvm.block.file import HostFile
@@ -11,6 +11,10 @@ from vmm_kvm.block.vectors import cut, fill, fill_zeros
 
 if TYPE_CHECKING:
     from vmm_kvm.block.image import StoredImage
+
+
+_REGION = 1 << 30
+"""Bytes whose extents are in memory at once."""
 
 
 class Reader:
@@ -72,3 +76,25 @@ class Reader:
                     return False
             offset += extent.size
         return True
+
+    def parts(self, offset: int, size: int) -> Iterator[tuple[int, bool]]:
+        """Yield the sizes of the parts of a range, and whether each is known to read as zero.
+
+        Clusters that are allocated and were never written are holes in the file.
+        """
+        end = offset + size
+        while offset < end:
+            stop = min(end, (offset // _REGION + 1) * _REGION)
+            stop = max(stop, self._mapping.end_of_gap(offset, end))
+            for kind, host, length in self._mapping.extents(offset, stop - offset):
+                if kind in {Kind.DATA, Kind.SHARED}:
+                    yield from self._file.parts(host, length)
+                elif kind is Kind.HOLE and self._base is not None:
+                    shared = max(0, min(length, self._base.size - offset))
+                    if shared:
+                        yield from self._base.parts(offset, shared)
+                    if shared < length:
+                        yield length - shared, True
+                else:
+                    yield length, kind <= Kind.ZERO
+                offset += length

@@ -81,6 +81,13 @@ class Tables:
         self._insert(index, table)
         return table
 
+    def next_index(self, index: int, stop: int) -> int:
+        """Return the first L1 entry from `index` on that has a table; `stop` if none before it."""
+        l1, count = self.l1, min(stop, len(self.l1))
+        while index < count and not l1[index] & OFFSET_MASK:
+            index += 1
+        return index if index < count else stop
+
     def get_writable(self, index: int, refcounts: Refcounts) -> L2Table:
         """Return the L2 table of L1 entry `index` to change it; make or copy it if need be.
 
