@@ -352,7 +352,7 @@ def _document(**fields: object) -> Answer:
 
 
 TAG, BLOBS, TOKEN = "/v2/some/disk/manifests/v1", "/v2/some/disk/blobs/", "/token"
-DEEP = b"[" * 100_000
+DEEP = b"[" * 4_000_000
 LAYER = {"digest": sha256(DISK), "size": len(DISK)}
 
 BAD_ANSWERS: dict[str, tuple[str, Answer, str]] = {
@@ -360,7 +360,7 @@ BAD_ANSWERS: dict[str, tuple[str, Answer, str]] = {
     "an endless manifest": (TAG, _endless, "more than 4194304 bytes"),
     "a silent registry": (TAG, _silent, "no progress in 1 s"),
     "no JSON": (TAG, lambda _, to: to.answer(b"\xff<html>"), "JSON is malformed"),
-    "deep JSON": (TAG, lambda _, to: to.answer(b'{"x":' + DEEP), "recursion depth"),
+    "deep JSON": (TAG, lambda _, to: to.answer(b'{"x":' + DEEP), "/v1: "),
     "a list": (TAG, lambda _, to: to.answer(b"[]"), "Expected `object`, got `array`"),
     "neither": (TAG, _document(schemaVersion=1), "no manifest of an image"),
     "both": (TAG, _document(manifests=[], layers=[LAYER]), "no manifest of an image"),
