@@ -141,6 +141,7 @@ class Tpms:
         kept = sum(name.endswith(ending) for name in os.listdir(self._directory))  # noqa: PTH208
         if kept >= TPMS_PER_USER:
             text = f"tpm: limit of {TPMS_PER_USER} VMs of one user whose TPMs are kept"
+            text += f": root can remove some from {self._directory}"
             raise ResourceError(ErrorCode.EPERM, text)
 
 

@@ -7,6 +7,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 
@@ -131,12 +132,27 @@ def test_a_user_has_so_many(rig: Rig) -> None:
         (directory / f"v{number}-{BOB}").mkdir(mode=0o700)
     assert rig.error("one", BOB) == (
         ErrorCode.EPERM,
-        f"tpm: limit of {TPMS_PER_USER} VMs of one user whose TPMs are kept",
+        (
+            f"tpm: limit of {TPMS_PER_USER} VMs of one user whose TPMs are kept: "
+            f"root can remove some from {directory}"
+        ),
     )
     rig.end(rig.start("v1", BOB))
     rig.end(rig.start("one"))
     rig.tpms.peer.close()
     assert rig.error("one")[0] is ErrorCode.EAGAIN
+
+
+def test_secrets_that_root_has_removed(rig: Rig) -> None:
+    """The next VM of the name and owner begins with an empty directory."""
+    rig.end(rig.start("one"))
+    directory = rig.state / "tpm" / "one-0"
+    (directory / "tpm2-00.permall").touch(mode=0o666)
+    rig.end(rig.start("one"))
+    assert [each.name for each in directory.iterdir()] == ["tpm2-00.permall"]
+    rmtree(directory)
+    rig.start("one")
+    assert list(directory.iterdir()) == []
 
 
 def test_a_place_that_is_none(rig: Rig, tmp_path: Path) -> None:
