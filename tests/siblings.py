@@ -115,6 +115,41 @@ SIBLINGS: Final[dict[str, dict[str, str]]] = {
             "tests/system/vmd/test_names.py::test_files_of_the_configuration"
         ),
     },
+    "the disk of the host is full": {
+        "a disk in a process of its own": (
+            "tests/kvm/test_full_disk.py::test_a_guest_stands_still_until_there_is_room[error=stop,process]"
+        ),
+        "a disk with several queues": (
+            "tests/kvm/test_full_disk.py::test_a_guest_stands_still_until_there_is_room[error=stop,queues=2]"
+        ),
+        "a guest that is to be told": (
+            "tests/kvm/test_full_disk.py::test_a_guest_is_told_that_there_is_no_room"
+        ),
+        "a stop of a VM that has no room": (
+            "tests/system/vmd/test_full_disk.py::test_a_vm_without_room_can_be_stopped"
+        ),
+        "room that comes during a stop": (
+            "tests/system/vmd/test_full_disk.py::test_a_vm_that_is_stopped_goes_on_with_room"
+        ),
+    },
+    "a table on a terminal crops names and numbers": {
+        "the table of `show`": (
+            "tests/unit/vmctl/test_every_verb.py::test_tables_are_never_cropped[show 1]"
+        ),
+        "the table of `top`": (
+            "tests/unit/vmctl/test_every_verb.py::test_tables_are_never_cropped[top -d 0.1 -n 1]"
+        ),
+        "characters that take two columns": ("tests/unit/vmctl/test_table.py::test_width"),
+    },
+    "^C ends in a traceback": {
+        "each verb, at ten moments": ("tests/unit/vmctl/test_every_verb.py::test_interrupts"),
+        "verbs that wait for the daemon": (
+            "tests/unit/vmctl/test_every_verb.py::test_waiting_is_interrupted"
+        ),
+        "a copy, by each signal": (
+            "tests/unit/block/test_vmctl_create.py::test_a_copy_that_is_ended_leaves_nothing"
+        ),
+    },
     # The daemon reports success and does nothing, or fails without a reason
     "a configuration that is not there, or not found from elsewhere, is an empty one": {
         "a directory, a loop of links, a socket or a huge file, also included": (
