@@ -214,5 +214,20 @@ SIBLINGS: Final[dict[str, dict[str, str]]] = {
             "tests/unit/vmd/test_passt_networks.py::test_a_port_in_use_is_told_of"
         ),
     },
+    # Boot images and firmware
+    "firmware is refused as no firmware": {
+        "SeaBIOS's other builds, and qboot": (
+            "tests/unit/boot/test_bios.py::test_builds_of_other_firmware"
+        ),
+        "images of odd sizes, of zeros, packed, or like another file": (
+            "tests/unit/boot/test_bios.py::test_nothing_is_guessed_of_firmware"
+        ),
+        "a start that -b does not know, which says to use --firmware": (
+            "tests/unit/boot/test_bios.py::test_firmware_that_starts_in_another_way"
+        ),
+        "directories, FIFOs, devices and links for firmware": (
+            "tests/unit/boot/test_bios.py::test_what_no_firmware_is_in"
+        ),
+    },
 }
 """Of a kind: what the sibling is, and its test. Kinds that are not here have none listed yet."""

@@ -156,6 +156,7 @@ STUMBLES: Final[dict[str, tuple[str, ...]]] = {
     "firmware is refused as no firmware": (
         "tests/unit/boot/test_bios.py::test_builds_of_ovmf",
         "tests/unit/boot/test_bios.py::test_what_is_said_to_be_firmware_is_not_guessed",
+        "tests/unit/boot/test_bios.py::test_nothing_is_guessed_of_firmware",
     ),
     "a kernel that needs a BIOS, or a program, hangs": (
         "tests/unit/boot/test_bios.py::test_a_disk_is_no_kernel",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bz2
+import gzip
 import lzma
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,12 +153,99 @@ def test_selftest_image() -> None:
     assert isinstance(open_image(str(path)), FirmwareImage)
 
 
-@pytest.mark.parametrize("path", sorted(Path("/usr/share/OVMF").glob("OVMF_CODE*.fd")), ids=str)
+BUILDS = (
+    *Path("/usr/share/OVMF").glob("OVMF*CODE*.fd"),
+    *Path("/usr/share/ovmf").glob("OVMF*.fd"),
+    *Path("/usr/share/qemu").glob("OVMF*.fd"),
+)
+
+
+@pytest.mark.parametrize("path", sorted(BUILDS), ids=str)
 def test_builds_of_ovmf(path: Path) -> None:
     """Each build that Debian ships is firmware, even one that starts in another mode."""
-    image = open_image(str(path))
-    assert isinstance(image, FirmwareImage)
-    assert image.is_uefi
+    for image in (open_image(str(path)), open_firmware(str(path))):
+        assert isinstance(image, FirmwareImage)
+        assert image.is_uefi
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/usr/share/seabios/bios.bin",
+        "/usr/share/seabios/bios-256k.bin",
+        "/usr/share/seabios/bios-microvm.bin",
+        "/usr/share/qemu/qboot.rom",
+    ],
+)
+def test_builds_of_other_firmware(path: str) -> None:
+    """SeaBIOS, also for a machine without PCI, and qboot are firmware, and no UEFI firmware."""
+    if not Path(path).exists():
+        pytest.skip(f"{path} is not installed")
+    for image in (open_image(path), open_firmware(path)):
+        assert isinstance(image, FirmwareImage)
+        assert not image.is_uefi
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        bytes(16),
+        bytes(64 * KIB),  # nothing but zeros
+        b"\xff" * MIB,  # erased flash
+        bytes(5000),  # no whole pages
+        bytes(16 * MIB),  # as large as possible
+        gzip.compress(firmware()),
+        b"\x7fELF\x02\x01\x01".ljust(64 * KIB, b"\0"),
+        b"MZ".ljust(64 * KIB, b"\0"),
+        b"QFI\xfb".ljust(64 * KIB, b"\0"),
+        (bytes(40) + b"_FVH").ljust(64 * KIB, b"\0"),
+        b"\x55\xaa\x40\xeb".ljust(64 * KIB, b"\0"),
+        b"#!/bin/sh\n" * 100,
+        bytes(64 * KIB - 16) + b"\xf4".ljust(16, b"\0"),  # begins with hlt
+        bytes(64 * KIB - 16) + b"\x31\xc0".ljust(16, b"\0"),  # xor %eax, %eax
+    ],
+)
+def test_nothing_is_guessed_of_firmware(data: bytes, tmp_path: Path) -> None:
+    """What `--firmware` names lies below 4 GiB as it is, whatever it looks like."""
+    path = tmp_path / "rom"
+    path.write_bytes(data)
+    image = open_firmware(str(path))
+    assert bytes(image.rom).endswith(data)
+    assert image.rom_base + len(image.rom) == 4 * GIB
+    assert image.rom_base % (4 * KIB) == 0
+    assert set(bytes(image.rom)[: -len(data)]) <= {0xFF}
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda path: path.write_bytes(b""), "empty file"),
+        (lambda path: path.write_bytes(bytes(15)), "15 bytes, too few for a reset vector"),
+        (lambda path: path.write_bytes(bytes(16 * MIB + 1)), "at most 16 MiB are possible"),
+        (lambda path: path.mkdir(), "is a directory"),
+        (os.mkfifo, "not a regular file"),
+        (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+        (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+        (lambda _: None, "No such file or directory"),
+    ],
+)
+def test_what_no_firmware_is_in(make: Callable[[Path], object], why: str, tmp_path: Path) -> None:
+    """A file of no possible size, or none at all, is refused."""
+    path = tmp_path / "rom"
+    make(path)
+    with pytest.raises(BootError) as caught:
+        open_firmware(str(path))
+    assert str(caught.value).endswith(why)
+
+
+def test_firmware_that_starts_in_another_way(open_bytes: Open) -> None:
+    """An image that could be firmware, but starts in an unknown way, is told to need --firmware."""
+    with pytest.raises(BootError) as caught:
+        open_bytes(bytes(128 * KIB - 16) + b"\x31\xc0".ljust(16, b"\0"))
+    assert str(caught.value).endswith(
+        "image: not a kernel or firmware image: firmware that starts in another way needs"
+        " --firmware"
+    )
 
 
 def test_what_is_said_to_be_firmware_is_not_guessed(tmp_path: Path) -> None:

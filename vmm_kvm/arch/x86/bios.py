@@ -10,7 +10,7 @@ from typing import NamedTuple
 from vmm_kvm.arch.x86.boot_config import BootConfig, refuse
 from vmm_kvm.arch.x86.entry import RESET_VECTOR, Entry
 from vmm_kvm.arch.x86.layout import FIRMWARE_END, LOW_FIRMWARE_END, LOW_FIRMWARE_MAX
-from vmm_kvm.bits import MIB, PAGE_SIZE, align_up
+from vmm_kvm.bits import KIB, MIB, PAGE_SIZE, align_up
 from vmm_kvm.boot.source import Source
 from vmm_kvm.errors import BootError
 from vmm_kvm.limits import FIRMWARE_MAX
@@ -44,6 +44,8 @@ _MEDIA = (
     (0, b"\xcf\xfa\xed\xfe", "a program for macOS"),
     (40, b"_FVH", "the variables of UEFI firmware: use --firmware uefi, with --nvram"),
 )
+_FLASH_BLOCK = 64 * KIB
+"""Images of firmware are as large as a flash memory is."""
 _VOLUME_SIGNATURE, _VOLUME_SIGNATURE_AT = b"_FVH", 40
 
 
@@ -82,11 +84,12 @@ def probe_firmware(source: Source) -> FirmwareImage:
 
 
 def _hint(source: Source) -> str:
-    """Return what an image plainly is, and the probable intention; empty for anything else."""
+    """Return what an image plainly is, and the probable intention; empty if nothing is known."""
     for at, mark, hint in _MEDIA:
         if source.size >= at + len(mark) and source.read(at, len(mark)) == mark:
             return f": {hint}"
-    return ""
+    may_be_firmware = 0 < source.size <= FIRMWARE_MAX and source.size % _FLASH_BLOCK == 0
+    return ": firmware that starts in another way needs --firmware" if may_be_firmware else ""
 
 
 def read_firmware(source: Source) -> FirmwareImage:
