@@ -79,11 +79,15 @@ def read(arguments: Sequence[str]) -> Invocation:
             return Invocation(VERBS["help"], {}, [])
         if option == "--version":
             return Invocation(_VERSION, {}, [])
-        if option == "-H" and rest:
-            return _at_host(rest.pop(0), ["-v"] * is_verbose, rest)
-        if option.strip("v") != "-" or option == "-":
+        letters = option[1:].lstrip("v")
+        is_verbose = is_verbose or option.startswith("-v")
+        if letters.startswith("H"):
+            host = letters[1:] or (rest.pop(0) if rest else "")
+            if not host:
+                raise UsageError(f"vmctl: option '-H' requires an argument\n{GLOBAL_USAGE}")
+            return _at_host(host, ["-v"] * is_verbose, rest)
+        if letters or option == "-":
             raise UsageError(f"vmctl: no such option: {option}\n{GLOBAL_USAGE}")
-        is_verbose = True
     if not rest:
         raise UsageError(GLOBAL_USAGE)
     name, rest = resolve(rest)

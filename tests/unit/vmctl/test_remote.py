@@ -97,6 +97,11 @@ def test_what_is_read_here() -> None:
     invocation = read(["-H", "h", "-vv", "stat", "--nonsense"])
     assert invocation.words == ["h", "status", "-vv", "stat", "--nonsense"]
     assert read(["-H", "h", "--version"]).words == ["h", "", "--version"]
-    for words in (["-H"], ["-H", "h", "nonsense"]):
-        with pytest.raises(UsageError):
+    for first in (["-Hh"], ["-vHh"], ["-vH", "h"]):
+        verbose = ["-v"] * ("v" in first[0])
+        assert read([*first, "stat"]).words == ["h", "status", *verbose, "stat"]
+    with pytest.raises(UsageError):
+        read(["-H", "h", "nonsense"])
+    for words in (["-H"], ["-vH"], ["-H", ""]):
+        with pytest.raises(UsageError, match=r"^vmctl: option '-H' requires an argument"):
             read(words)
