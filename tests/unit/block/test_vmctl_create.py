@@ -250,11 +250,13 @@ def under_way(source: str, target: str, *command: str) -> subprocess.Popen[bytes
         )
         while not has_begun(process, target) and process.poll() is None:
             pass
-        process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        if not Path(target).exists():
-            return process
-        process.send_signal(signal.SIGCONT)  # it was done before it was stopped
+        if process.returncode is None:
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if not Path(target).exists():
+                return process
+            process.send_signal(signal.SIGCONT)
+        # It was done before it was stopped.
         process.communicate()
         Path(target).unlink()
 
