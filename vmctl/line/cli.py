@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from vmctl.line.options import Option
 from vmctl.line.verbs import GLOBAL_USAGE, VERBS, Verb, matches, names, usage
-from vmm_kvm.text import printable
 
 EXIT_ERROR = 1
 
@@ -61,6 +60,8 @@ def main(
             _log_everything()
         return _perform(invocation, on_loaded)
     except UsageError as err:
+        from vmm_kvm.text import printable  # noqa: PLC0415 - not for a command line that is right
+
         print(printable(str(err), kept="\n\t"), file=sys.stderr)
         return EXIT_ERROR
 
