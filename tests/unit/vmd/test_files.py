@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import select
-import shlex
 import socket
 import subprocess
 import sys
@@ -149,10 +148,11 @@ def test_what_others_have_opened_that_is_no_file(tmp_path: Path) -> None:
 
 
 _IN_A_UNIT = """
-import sys
+import subprocess, sys
 from vmd.shared.files import FileError, open_file
+subprocess.run(["sh", "-euc", sys.argv[1]], check=True)  # the interpreter may be where it mounts
 try:
-    open_file(sys.argv[1], writes=True, allows_devices=False)
+    open_file(sys.argv[2], writes=True, allows_devices=False)
 except FileError as err:
     print(err)
 """
@@ -170,11 +170,10 @@ def test_what_the_unit_forbids_is_told(tmp_path: Path, is_service: bool) -> None
             mounts += f"; mount --bind {own} {place}"
     said = []
     for path in ("/mnt/disk", "/tmp/none", "/var/tmp/none", "/mnt/none"):
-        program = shlex.join([sys.executable, "-c", _IN_A_UNIT, path])
         environ = {**os.environ, "NOTIFY_SOCKET": "/run/systemd/notify"}
         if not is_service:
             del environ["NOTIFY_SOCKET"]
-        command = ("unshare", "-m", "sh", "-c", f"{mounts}; exec {program}")
+        command = ("unshare", "-m", sys.executable, "-c", _IN_A_UNIT, mounts, path)
         said.append(subprocess.check_output(command, env=environ, text=True).rstrip("\n"))
     lines = ["Read-only file system", *["No such file or directory"] * 3]
     if is_service:
