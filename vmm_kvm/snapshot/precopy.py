@@ -16,6 +16,7 @@ from vmm_kvm.snapshot.stream import LiveWriter, Sink
 _SPEED_MIN = 1 << 20  # bytes a second: assumed before anything is sent
 _SAMPLE = 1 << 20  # bytes that are sent before the speed is known
 _STORAGE_STEP = 64 << 20  # bytes of disks, after which the limits are looked at
+_LOOK_S = 0.5  # of copying RAM, after which they are looked at
 _STORAGE_ROUNDS = 3
 
 
@@ -139,7 +140,7 @@ def copy_into(
         ram: its memory.
         dirty: its log.
         halt: pauses the machine and returns its state, as `state.encode` does.
-        plan: gives the limits before each round.
+        plan: gives the limits before each round; looked at inside it, too, where it may raise.
         on_progress: is told at the beginning of each round.
         storage: its disks, if they are copied; all of them before the first round.
 
@@ -160,7 +161,7 @@ def copy_into(
         on_progress(Progress(rounds, writer.written, left))
         began, written = time.monotonic(), writer.written + storage.written
         _copy_storage(storage, plan)
-        _copy(writer, ram, dirty, is_first=rounds == 1)
+        _copy(writer, ram, dirty, plan, is_first=rounds == 1)
         sent += writer.written + storage.written - written
         took += time.monotonic() - began
         if sent > _SAMPLE and took > 0:
@@ -171,7 +172,7 @@ def copy_into(
     state = halt()
     storage.finish()
     dirty.find(is_still=True)
-    _copy(writer, ram, dirty, is_first=False)
+    _copy(writer, ram, dirty, Plan, is_first=False)
     writer.finish(state)
 
 
@@ -206,8 +207,14 @@ def _copy_storage(storage: Storage, plan: Callable[[], Plan]) -> None:
         left -= _STORAGE_STEP
 
 
-def _copy(writer: Writer, ram: Ram, dirty: Dirty, *, is_first: bool) -> None:
+def _copy(
+    writer: Writer, ram: Ram, dirty: Dirty, plan: Callable[[], Plan], *, is_first: bool
+) -> None:
+    look_s = time.monotonic() + _LOOK_S
     for offset, size in dirty.take():
+        if time.monotonic() >= look_s:
+            plan()
+            look_s = time.monotonic() + _LOOK_S
         if is_first:
             for run in runs_of(ram, offset, size):
                 writer.write_run(*run)

@@ -20,6 +20,7 @@ from tests.unit.snapshot.samples import (
 from vmm_kvm.bits import MIB, PAGE_SIZE
 from vmm_kvm.errors import SnapshotError
 from vmm_kvm.memory import GuestMemory
+from vmm_kvm.snapshot import precopy
 from vmm_kvm.snapshot.precopy import Plan, Progress, copy_running
 from vmm_kvm.snapshot.stream import LiveWriter, StreamReader
 
@@ -102,6 +103,20 @@ def test_the_speed_of_small_rounds_is_known() -> None:
     rounds = copied([100], lambda: next(plans))
     assert rounds[-1].left == 100 * PAGE_SIZE
     assert len(rounds) < 50
+
+
+def test_limits_count_inside_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller who gives up is heard before all memory has been copied once."""
+    monkeypatch.setattr(precopy, "_LOOK_S", 0.0)
+    plans = iter([Plan(), Plan()])
+
+    def plan() -> Plan:
+        if (found := next(plans, None)) is None:
+            raise SnapshotError("too long")
+        return found
+
+    with pytest.raises(SnapshotError, match="too long"):
+        copied([1], plan)
 
 
 def test_a_page_that_becomes_zeros() -> None:
