@@ -29,6 +29,7 @@ from vmd.wire.internal import (
     PARENT_AND_PRIV,
     Configured,
     ForgetTaps,
+    InterfaceTrouble,
     MadeTap,
     MakeTaps,
     ParentToPriv,
@@ -59,6 +60,7 @@ class _Held:
         "sent",
         "specs",
         "then",
+        "troubles",
         "vm",
     )
 
@@ -72,11 +74,17 @@ class _Held:
         self.is_filtered = False
         self.problems: dict[int, str] = {}
         """By index of the interface: the reasons why the packet filter refuses its rules."""
+        self.troubles: dict[int, str] = {}
+        """By index: why it is not what was asked for."""
 
     def close(self) -> None:
         for fd in self.fds:
             os.close(fd)
         self.fds.clear()
+
+    def problem(self, index: int) -> str:
+        """Return what is wrong with an interface, in one line."""
+        return "; ".join(filter(None, (self.troubles.get(index), self.problems.get(index))))
 
     def interfaces(self) -> tuple[Interface, ...]:
         """Return the existing interfaces; none before priv has made them."""
@@ -153,6 +161,7 @@ class TapNetworks:
         # Existing interfaces come first, so that their rules are not missing meanwhile.
         self._priv.send(self._plan.configuration(is_partial=True))
         for vm_id, held in self._held.items():
+            held.troubles.clear()  # it tells of those that are left
             if held.attached:
                 self._attach(vm_id, held)
         self._priv.send(self._plan.configuration())
@@ -319,6 +328,12 @@ class TapNetworks:
                     before = held.problems.get(index)
                     held.problems[index] = f"{before}; {text}" if before else text
                     self._trouble(vm_id, index, text)
+            case InterfaceTrouble(id=vm_id, index=index, message=text):
+                held = self._held.get(vm_id)
+                if held is not None and 0 <= index < len(held.specs):
+                    if text and held.troubles.get(index) != text:
+                        self._trouble(vm_id, index, text)
+                    held.troubles[index] = text
             case _:
                 assert_never(message)
 
@@ -339,6 +354,4 @@ class TapNetworks:
         if held is None:
             return interface_infos(vm.config.interfaces, ())
         infos = interface_infos(vm.config.interfaces, held.interfaces())
-        return tuple(
-            replace(info, problem=held.problems.get(index, "")) for index, info in enumerate(infos)
-        )
+        return tuple(replace(info, problem=held.problem(index)) for index, info in enumerate(infos))

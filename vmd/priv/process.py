@@ -38,6 +38,7 @@ from vmd.wire.internal import (
     Configure,
     Configured,
     ForgetTaps,
+    InterfaceTrouble,
     LocalAddresses,
     MadeTap,
     MakeTaps,
@@ -101,6 +102,7 @@ class Priv:
         self._refused: dict[Piece, str] = {}
         self._opened: set[str] = set()  # taps that the loopback network reaches
         self._has_told = False
+        self._troubles: dict[int, dict[int, str]] = {}  # by VM, then by interface
 
     # Messages of the parent
 
@@ -115,6 +117,7 @@ class Priv:
                     self._attach(received.message, fds)
                 case ForgetTaps(id=vm_id):
                     self._taps.pop(vm_id, None)
+                    self._troubles.pop(vm_id, None)
                     self._filter()
                     self._remove_unwanted()
                     self._tell(TapsForgotten(id=vm_id))
@@ -147,10 +150,10 @@ class Priv:
                 self._switch(switch)
             except (LinkError, OSError) as err:
                 log.warning('switch "%s": %s', switch.name, err)
-        for taps in self._taps.values():  # of a bridge that is made again, or exists at last
-            for tap in taps:
+        for vm_id, taps in self._taps.items():  # of a bridge that is made again, or exists at last
+            for index, tap in enumerate(taps):
                 if tap.spec.bridge:
-                    self._join(tap.spec, tap.link)
+                    self._note(vm_id, index, self._join(tap.spec, tap.link))
         if wanted.nat4 or wanted.nat6:
             self._settings.forward_packets(ipv4=bool(wanted.nat4), ipv6=bool(wanted.nat6))
         self._filter()
@@ -174,7 +177,7 @@ class Priv:
         link = netlink.find(switch.interface)
         if link is None:
             if not switch.is_created:
-                _missing(f'switch "{switch.name}"', switch.interface)
+                log.warning('switch "%s": %s', switch.name, _missing(switch.interface))
                 return
             link = netlink.make_bridge(switch.interface, self._own_lladdr(switch.interface))
         elif link.kind != "bridge":
@@ -231,10 +234,14 @@ class Priv:
         if pieces == self._pieces_tried:
             return
         if self._nftables is None:
+            unknown = [piece for piece in pieces if piece not in self._refused]
             self._refused = dict.fromkeys(pieces, "no nftables")
             if pieces and not self._has_told:
                 log.warning("no nftables: no NAT, no forwarded ports")
                 self._has_told = True
+            for piece in unknown:
+                if piece.place is not None:
+                    self._tell_rules_refused(piece.place, f"{piece.what}: no nftables")
             return
         # Pieces accepted before come first, so that they stay while the others are tried.
         ordered = sorted(pieces, key=lambda piece: piece not in self._accepted)
@@ -279,7 +286,10 @@ class Priv:
         if piece.place is None:
             log.warning("%s", text)
         else:
-            self._tell(RulesRefused(id=piece.place.vm_id, index=piece.place.position, message=text))
+            self._tell_rules_refused(piece.place, text)
+
+    def _tell_rules_refused(self, place: Place, text: str) -> None:
+        self._tell(RulesRefused(id=place.vm_id, index=place.position, message=text))
 
     def _open_loopback(self, taps: set[str]) -> None:
         """Let the host's loopback network reach guests through `taps`, and through no other."""
@@ -312,11 +322,12 @@ class Priv:
         if any(not is_loopback(each.address) for each in forwards):
             self._settings.forward_packets(ipv4=True, ipv6=False)
         self._filter()  # before the first frame can pass
-        for tap in taps:
+        for index, tap in enumerate(taps):
             try:
-                self._set_up(tap)
+                trouble = self._set_up(tap)
             except (LinkError, OSError) as err:
-                log.warning("%s: %s", tap.spec.alias, err)
+                trouble = str(err)
+            self._note(message.id, index, trouble)
         told = (MadeTap(name=tap.link.name, index=tap.link.ifindex) for tap in taps)
         is_filtered = not self._wanted.is_partial and self._is_filtered(message.id)
         self._tell(TapsMade(id=message.id, taps=tuple(told), is_filtered=is_filtered))
@@ -332,12 +343,22 @@ class Priv:
             raise LinkError(name, _ENODEV)
         return _Tap(spec, link)
 
-    def _set_up(self, tap: _Tap) -> None:
-        """Configure an interface fully; a failure is logged, and the rest goes on.
+    def _note(self, vm_id: int, index: int, trouble: str) -> None:
+        """Tell of an interface's trouble, or that it has none any more, when that changes."""
+        known = self._troubles.setdefault(vm_id, {})
+        if known.get(index, "") != trouble:
+            known[index] = trouble
+            self._tell(InterfaceTrouble(id=vm_id, index=index, message=trouble))
+
+    def _set_up(self, tap: _Tap) -> str:
+        """Configure an interface fully; a failure of a part is logged, and the rest goes on.
+
+        Returns why it is not on its bridge, if it is to be on one.
 
         Raises:
             LinkError, OSError: it stays down.
         """
+        trouble = ""
         spec, link, netlink = tap.spec, tap.link, self._netlink
         self._try(netlink.set_alias, link, spec.alias)
         # The host accepts no address or router from behind it; it uses IPv6 there only where it is
@@ -352,20 +373,27 @@ class Priv:
         if spec.group:
             self._try(netlink.set_group, link, spec.group)
         if spec.bridge:
-            self._join(spec, link)
+            trouble = self._join(spec, link)
         elif spec.config.rdomain is not None:
             # Outside its rdomain, it would reach networks that it must not.
             netlink.set_master(link, self._vrf(spec.config.rdomain))
         netlink.set_up(link, is_up=spec.config.is_up)
         if spec.local is not None:
             self._set_addresses(spec, spec.local, link)
+        return trouble
 
-    def _join(self, spec: TapSpec, link: Link) -> None:
-        bridge = self._netlink.find(spec.bridge)
-        if bridge is None or bridge.kind != "bridge":
-            _missing(spec.alias, spec.bridge)
-        else:
-            self._try(self._netlink.set_master, link, bridge)  # which it may be in already
+    def _join(self, spec: TapSpec, link: Link) -> str:
+        """Put an interface on its bridge, where it may be already; returns why it is not there."""
+        try:
+            bridge = self._netlink.find(spec.bridge)
+            if bridge is None:
+                return _missing(spec.bridge)
+            if bridge.kind != "bridge":
+                return f'"{spec.bridge}" is not a bridge'
+            self._netlink.set_master(link, bridge)
+        except LinkError as err:
+            return str(err)
+        return ""
 
     def _set_addresses(self, spec: TapSpec, local: LocalAddresses, link: Link) -> None:
         self._netlink.set_address(link, local.host4, BITS4)
@@ -383,5 +411,5 @@ class Priv:
             log.warning("%s", err)
 
 
-def _missing(what: str, bridge: str) -> None:
-    log.warning('%s: bridge "%s" does not exist', what, bridge)
+def _missing(bridge: str) -> str:
+    return f'bridge "{bridge}" does not exist'

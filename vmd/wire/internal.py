@@ -225,8 +225,18 @@ class RulesRefused(Internal, frozen=True, kw_only=True):
     """What is refused and why, in one line."""
 
 
+class InterfaceTrouble(Internal, frozen=True, kw_only=True):
+    """A VM's interface is not what was asked for, or is now. Sent at each change."""
+
+    id: int
+    index: int
+    """Of the interface among the VM's."""
+    message: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
+    """Why, in one line; empty if nothing is wrong any more."""
+
+
 ParentToPriv = Configure | MakeTaps | ForgetTaps | SetVerbosity
-PrivToParent = Configured | TapsMade | TapsFailed | TapsForgotten | RulesRefused
+PrivToParent = Configured | TapsMade | TapsFailed | TapsForgotten | RulesRefused | InterfaceTrouble
 
 
 # parent ↔ vmm ↔ vm

@@ -305,7 +305,7 @@ def test_a_reboot_keeps_the_interface(space: Namespace, start: Start) -> None:
 
 
 def test_what_cannot_be_had(space: Namespace, start: Start) -> None:
-    """A missing bridge is logged; a tap in use keeps the VM from starting."""
+    """A missing bridge is shown until it is there; a tap in use keeps the VM from starting."""
     config = (
         'switch "gone" { interface br7 }\n'
         + vm_block("one", 'interface tap5 { switch "gone" }', enabled=True)
@@ -314,12 +314,23 @@ def test_what_cannot_be_had(space: Namespace, start: Start) -> None:
     with start(config) as vmd, vmd.client() as client:
         vmd.wait_for_log('switch "gone": bridge "br7" does not exist')
         running(client, "one")
-        vmd.wait_for_log('vm1-if0-one: bridge "br7" does not exist')
+        vmd.wait_for_log('vm/one: interface 0: bridge "br7" does not exist')
+        assert _problem(client, "one") == 'bridge "br7" does not exist'
+        space.run("ip", "link", "add", "br7", "type", "bridge")
+        vmd.process.send_signal(signal.SIGHUP)
+        _eventually(lambda: _problem(client, "one") == "")
+        assert "master br7" in space.run("ip", "link", "show", "tap5")
         answer = client.ask("start", name="two")
         assert (answer["type"], answer["message"]) == ("failed", "tap5: Device or resource busy")
         assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
         assert client.ask("start", name="two")["type"] == "started"
-        assert space.links() == {"lo", "tap5"}
+        assert space.links() == {"lo", "br7", "tap5"}
+
+
+def _problem(client: Client, name: str) -> object:
+    vms = client.ask("status", name=name, interfaces=True)["vms"]
+    assert isinstance(vms, list)
+    return vms[0]["interfaces"][0].get("problem", "")
 
 
 _WITHOUT = {

@@ -27,6 +27,7 @@ from vmd.wire.internal import (
     Configure,
     Configured,
     ForgetTaps,
+    InterfaceTrouble,
     LocalAddresses,
     MakeTaps,
     ParentToPriv,
@@ -340,21 +341,28 @@ def test_a_local_interface(rig: Rig) -> None:
     assert loopback.read_text().startswith("0")
 
 
-def test_an_interface_on_a_switch(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    """An interface joins its bridge, even one that appears later; without one, the log says so."""
+def test_an_interface_on_a_switch(rig: Rig) -> None:
+    """An interface joins its bridge, even one that appears later; the parent hears of both."""
     rig.configure()
-    rig.make(_tap(InterfaceConfig(is_up=False), bridge="bridge0"))
-    assert rig.done()[-1] == "down tap0"
-    assert caplog.records[-1].getMessage() == 'vm1-if0-one: bridge "bridge0" does not exist'
+    rig.make(_tap(), _tap(InterfaceConfig(is_up=False), bridge="bridge0", queues=(1,)))
+    assert rig.done()[-1] == "down tap1"
+    rig.configure()
+    rig.netlink.add("bridge0", "bond")
+    rig.configure()
     rig.netlink.add("bridge0", "bridge")
     rig.configure(switches=(SwitchConfig(name="lan", interface="bridge0"),))
-    assert "master tap0 bridge0" in rig.done()
+    assert "master tap1 bridge0" in rig.done()
+    assert [(one.id, one.index, one.message) for one in rig.parent.of(InterfaceTrouble)] == [
+        (1, 1, 'bridge "bridge0" does not exist'),
+        (1, 1, '"bridge0" is not a bridge'),
+        (1, 1, ""),
+    ]
     rig.make(_tap(InterfaceConfig(rdomain=3)), vm_id=2)
-    assert "master tap1 rdomain3" in rig.done()
+    assert "master tap2 rdomain3" in rig.done()
 
 
 def test_what_cannot_be_made(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    """The VM has no interfaces, with a reason; a partial refusal is logged."""
+    """The VM has no interfaces, with a reason; a partial refusal is told or logged."""
     rig.parent.say(MakeTaps(id=1, taps=(_tap(),)), [os.open(os.devnull, os.O_RDWR)])
     assert rig.parent.wait(TapsFailed).message == "nothing is configured"
     rig.configure()
@@ -368,12 +376,11 @@ def test_what_cannot_be_made(rig: Rig, caplog: pytest.LogCaptureFixture) -> None
     rig.netlink.refused = {"mtu", "up", "links", "bridge"}
     caplog.clear()
     rig.make(_tap())
-    assert [record.getMessage() for record in caplog.records] == [
-        "tap0: Operation not permitted",
-        "vm1-if0-one: tap0: Operation not permitted",
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["tap0: Operation not permitted"]
+    (told,) = rig.parent.of(InterfaceTrouble)
+    assert (told.id, told.index, told.message) == (1, 0, "tap0: Operation not permitted")
     rig.configure(switches=(SwitchConfig(name="lan", interface="bridge9", is_created=True),))
-    assert [record.getMessage() for record in caplog.records][2:] == [
+    assert [record.getMessage() for record in caplog.records][1:] == [
         "cannot remove an interface: interfaces: Operation not permitted",
         'switch "lan": bridge9: Operation not permitted',
     ]
@@ -447,6 +454,9 @@ def test_without_nftables(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         assert not rig.make(_tap(LOCKED), vm_id=2).is_filtered
         told = [record.getMessage() for record in caplog.records]
         assert told == ["no nftables: no NAT, no forwarded ports"]
+        assert [(one.id, one.message) for one in rig.parent.of(RulesRefused)] == [
+            (number, "locked lladdr: no nftables") for number in (1, 2)
+        ]
         rig.close()
 
 

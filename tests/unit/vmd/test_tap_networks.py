@@ -32,6 +32,7 @@ from vmd.wire.internal import (
     Configure,
     Configured,
     ForgetTaps,
+    InterfaceTrouble,
     MadeTap,
     MakeTaps,
     ParentToPriv,
@@ -334,5 +335,13 @@ def test_rules_that_priv_is_refused(rig: Rig) -> None:
     run_until(rig.loop, lambda: len(told) > 1)
     assert told == [(1, 0, "forward: refused"), (1, 0, "locked lladdr: refused")]
     assert rig.networks.told(vm)[0].problem == "forward: refused; locked lladdr: refused"
+    for text in ("no bridge", "no bridge", ""):
+        rig.priv.say(InterfaceTrouble(id=1, index=0, message=text))
+        if text:
+            run_until(rig.loop, lambda: len(told) > 2)
+            problem = "no bridge; forward: refused; locked lladdr: refused"
+            assert rig.networks.told(vm)[0].problem == problem
+    run_until(rig.loop, lambda: "bridge" not in rig.networks.told(vm)[0].problem)
+    assert told[2:] == [(1, 0, "no bridge")]
     rig.networks.release(1)
     assert rig.networks.told(vm)[0].problem == ""
