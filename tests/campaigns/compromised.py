@@ -159,7 +159,7 @@ def _patch_control(seed: int) -> None:
             messages.History(name="good"),
             ports.Connect(name="good", port=1),
             ports.Debug(name="good"),
-            transfers.Clone(name="good", clone="x%d", count=256),
+            transfers.Clone(name="good", clone="x"),
             transfers.Snapshot(name="good", file=0),
             transfers.Snapshots(),
             transfers.OpenSnapshot(snapshot="x"),

@@ -63,7 +63,8 @@ def test_seeds_are_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def _disks(vmd: Daemon) -> list[str]:
     """Return the paths of the disks of the VM `web`."""
     with Client(str(vmd.socket)) as client:
-        return [disk["path"] for vm in client.vms(devices=True) for disk in vm["disks"]]
+        vms = (vm for vm in client.vms(devices=True) if vm["name"] == "web")
+        return [disk["path"] for vm in vms for disk in vm["disks"]]
 
 
 @pytest.mark.parametrize("is_user", [True, pytest.param(False, marks=pytest.mark.root)])
@@ -72,7 +73,8 @@ def test_seeds_of_the_configuration(tmp_path: Path, is_user: bool) -> None:
     key, user_data = tmp_path / "key.pub", tmp_path / "user-data"
     key.write_text(f"{KEY}\n")
     user_data.write_text("#cloud-config\nhostname: first\n")
-    config = vm_block("web", f'ssh key "{key}"', f'cloud-init "{user_data}"', memory="16M")
+    lines = f'ssh key "{key}"', f'cloud-init "{user_data}"'
+    config = "".join(vm_block(name, *lines, memory="16M") for name in ("web", "db"))
     with Daemon(tmp_path, config, is_user=is_user) as vmd, vmd.client() as client:
 
         def seed() -> bytes:
@@ -92,12 +94,11 @@ def test_seeds_of_the_configuration(tmp_path: Path, is_user: bool) -> None:
         assert vmctl(vmd, "stop", "-fw", "web").returncode == 0
         assert vmctl(vmd, "start", "web").returncode == 0
         assert b"hostname: second" in seed()
-        assert vmctl(vmd, "stop", "-fw", "web").returncode == 0
         key.unlink()
-        done = vmctl(vmd, "start", "web")
+        done = vmctl(vmd, "start", "db")
         assert done.returncode == 1
         assert f"seed: {key}: No such file or directory" in done.stderr
-        assert client.vm("web")["state"] == "stopped"
+        assert client.vm("db")["state"] == "stopped"
 
 
 def test_seeds_that_are_saved(tmp_path: Path) -> None:
