@@ -367,7 +367,8 @@ def test_a_guest_loses_no_tick(start_vmd: Start, tmp_path: Path) -> None:
                 threading.Event().wait(0.2)
             assert rounds > counted[-1] + 8
             counted.append(rounds)
-            assert vmctl(vmd, "start", f"copy{number}", "--from", str(path))[0] == 0
+            status, said = vmctl(vmd, "start", f"copy{number}", "--from", str(path))
+            assert status == 0, said
         with vmd.client() as client:
             assert {vm["state"] for vm in client.vms()} == {"running"}
 
