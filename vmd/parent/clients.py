@@ -103,7 +103,7 @@ class Clients:
         """Ask the processes of running VMs, and answer when they have, or after a short time."""
         client = question.ticket.client
 
-        def answer(parts: list[AnyAnswer]) -> None:
+        def answer(asked: StatusQuestion, parts: list[AnyAnswer]) -> None:
             self._questions.discard(asked)
             for part in parts:
                 self.answer(client, part)

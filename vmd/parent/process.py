@@ -272,7 +272,7 @@ class Parent:
         vms = self._registry.vms
         enabled = {vm.id for vm in vms if vm.config.is_enabled and vm.state.is_from_config}
 
-        def told(parts: list[AnyAnswer]) -> None:
+        def told(_asked: StatusQuestion, parts: list[AnyAnswer]) -> None:
             shown = [vm for part in parts if isinstance(part, Vms) for vm in part.vms]
             answer([VmRow(vm=vm, is_enabled=vm.id in enabled) for vm in shown])
 

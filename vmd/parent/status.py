@@ -73,14 +73,18 @@ class Inquiries:
 
 
 class StatusQuestion:
-    """One question; `answer` is called once, with all that goes to the client."""
+    """One question; `answer` is called once, with it and all that goes to the client.
+
+    It is in no cycle of references once it is over: floods leave more of them than the collector
+    of cycles keeps up with.
+    """
 
     def __init__(
         self,
         loop: TimedLoop,
         question: List,
         inquiries: Inquiries,
-        answer: Callable[[list[AnyAnswer]], None],
+        answer: "Callable[[StatusQuestion, list[AnyAnswer]], None]",
         interfaces: Callable[[Vm], tuple[InterfaceInfo, ...]],
     ) -> None:
         """Prepare to ask.
@@ -100,12 +104,13 @@ class StatusQuestion:
         self._told: dict[int, VmStatistics] = {}
         self._missing: set[int] = set()
         self._is_over = False
-        self._timer = loop.timer(self._finish)
+        self._timer: Timer | None = loop.timer(self._finish)
 
     def ask(self, running: Collection[int]) -> None:
         """Ask those of the VMs that are among `running`, ids; answer once all have, or soon."""
         self._missing = {vm.id for vm in self._vms if vm.id in running and vm.state.pid is not None}
-        self._timer.arm(self._loop.monotonic_ns() + PATIENCE_NS)
+        if self._timer:
+            self._timer.arm(self._loop.monotonic_ns() + PATIENCE_NS)
         for vm_id in tuple(self._missing):
             self._inquiries.join(vm_id, self)
         if not self._missing:
@@ -125,7 +130,9 @@ class StatusQuestion:
     def cancel(self) -> None:
         """Forget it: no client waits for the answer."""
         self._is_over = True
-        self._timer.cancel()
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
         for vm_id in self._missing:
             self._inquiries.leave(vm_id, self)
 
@@ -136,10 +143,11 @@ class StatusQuestion:
         parts = list(_parts(chain(map(self._shown, self._vms), self._gone)))
         last = len(parts) - 1
         self._answer(
+            self,
             [
                 Vms(serial=self.ticket.serial, vms=tuple(part), has_more=at < last)
                 for at, part in enumerate(parts)
-            ]
+            ],
         )
 
     def _shown(self, vm: Vm) -> VmInfo:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
 
 from vmd.config.model import Owner, VmConfig
-from vmd.parent.status import Inquiries, StatusQuestion
+from vmd.parent.status import PATIENCE_NS, Inquiries, StatusQuestion
 from vmd.rules.actions import List
 from vmd.rules.vm import Vm
 from vmd.rules.vm_state import Phase, Ticket, VmState
@@ -36,9 +38,11 @@ class Rig:
     def ask(self, serial: int = 1) -> StatusQuestion:
         """Ask a question."""
         question = List(Ticket(1, serial), Status(serial=serial, statistics=True), (self._vm,))
-        made = StatusQuestion(
-            self.loop, question, self.inquiries, self.answers.extend, lambda _vm: INTERFACES
-        )
+
+        def answer(_question: StatusQuestion, parts: list[AnyAnswer]) -> None:
+            self.answers.extend(parts)
+
+        made = StatusQuestion(self.loop, question, self.inquiries, answer, lambda _vm: INTERFACES)
         made.ask({1})
         return made
 
@@ -69,6 +73,23 @@ def test_traffic_of_taps_and_of_streams_is_added(rig: Rig) -> None:
     rig.ask()
     rig.tell(5)
     assert rig.told() == [Statistics(disk_read=5, net_received=301, net_sent=32)]
+
+
+def test_a_question_that_is_over_is_gone(rig: Rig) -> None:
+    """Answered, late or cancelled, a question is in no cycle, whose collection might take long."""
+    gc.disable()
+    try:
+        questions = [weakref.ref(rig.ask(serial)) for serial in (1, 2)]
+        rig.tell(5)
+        rig.run_for(2 * PATIENCE_NS)
+        cancelled = rig.ask(3)
+        cancelled.cancel()
+        questions.append(weakref.ref(cancelled))
+        del cancelled
+        rig.run_for(2 * PATIENCE_NS)
+        assert [question() for question in questions] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_a_vm_process_is_asked_once_for_all(rig: Rig) -> None:
