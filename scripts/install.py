@@ -92,7 +92,10 @@ def files(prefix: str, python: str, bundle: Path | None) -> Iterator[File]:
 def for_prefix(unit: str, prefix: str) -> str:
     """Return a unit that runs the commands of `prefix`."""
     return re.sub(
-        r"^(Exec\w+=-?)(?:/usr/bin/)?(vm\w+)\b", rf"\1{prefix}/bin/\2", unit, flags=re.MULTILINE
+        r"^(Exec\w+=(?:.* )?-?)(?:/usr/bin/)?(vm\w+)\b",
+        rf"\1{prefix}/bin/\2",
+        unit,
+        flags=re.MULTILINE,
     )
 
 

@@ -41,6 +41,7 @@ _USER_MANAGER = """
 User=alice
 Type=notify
 Delegate=yes
+KillMode=mixed
 Environment=XDG_RUNTIME_DIR=/run/user/{uid}
 ExecStart=/lib/systemd/systemd --user
 """
@@ -251,4 +252,7 @@ def test_units_of_a_user(pipx: SystemdHost) -> None:
     _eventually(lambda: _as(pipx, "alice", "vmctl", "status").split()[-2:] == ["running", "mine"])
     active = _as(pipx, "alice", "systemctl", "--user", "is-active", "vmd.service")
     assert active == "active\n"
+    main = _as(pipx, "alice", "systemctl", "--user", "show", "-P", "MainPID", "vmd.service")
+    pipx.run("kill", "-KILL", main.strip())
+    _eventually(lambda: _as(pipx, "alice", "vmctl", "status").split()[-2:] == ["running", "mine"])
     pipx.run("systemctl", "stop", "alice.service")

@@ -82,7 +82,9 @@ def test_the_commands_run(prefix: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("unit", UNITS)
 def test_units_run_the_commands_of_their_prefix(prefix: Path, unit: str) -> None:
     """A unit runs no command of another installation."""
-    commands = re.findall(r"^Exec\w+=-?(\S*vm\S*)", (prefix / unit).read_text(), re.MULTILINE)
+    commands = re.findall(
+        r"^Exec\w+=(?:.* )?-?(\S*vm\S*)", (prefix / unit).read_text(), re.MULTILINE
+    )
     assert commands == [f"{prefix}/bin/vmd", f"{prefix}/bin/vmctl"]
 
 
