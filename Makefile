@@ -86,6 +86,8 @@ soak-guests: setup ## Kill processes that move Linux guests' frames, COUNT (3) t
 soak-state: setup ## Write Linux guests under load COUNT (100) times, and let them go on elsewhere; in the rig
 	$(RIG) --cpus 1 --mem 4096 --timeout 14400 -- $(PYTHON) tests/campaigns/linux_state.py \
 	    --count $(or $(COUNT),100) --seed $(SEED)
+	$(RIG) --cpus 1 --mem 4096 --timeout 14400 -- $(PYTHON) tests/campaigns/linux_migrate.py \
+	    --count $(or $(COUNT),100) --seed $(SEED)
 
 soak-fleet: setup ## Have COUNT (200) jobs done on two hosts by Dask, then by Slurm if it is installed, and kill parts of them
 	$(PYTHON) tests/campaigns/fleet.py --count $(or $(COUNT),200) --seed $(SEED)

@@ -43,6 +43,8 @@ from tests.system.vmd.netns import Namespace  # noqa: E402
 from tests.vmctl_driver import BOOT_TIMEOUT_S, VMCTL  # noqa: E402
 
 VCPUS = (1, 2, 4)
+MEMORY = "128M"
+SHELL = f"{COMMAND_LINE} test=shell"
 COPIES = 8
 BYTES = 1024
 DISK = 4 << 20
@@ -147,13 +149,14 @@ class Host:
 
     def __init__(self, space: Namespace, vmd: Daemon, client: Client, folder: Path) -> None:
         self.space, self.client, self.folder = space, client, folder
-        self._env = {**os.environ, "VMD_SOCKET": str(vmd.socket)}
+        self.socket = vmd.socket
+        self.environ = {**os.environ, "VMD_SOCKET": str(vmd.socket)}
 
     def vmctl(self, *words: str | Path) -> str:
         """Run vmctl; raises Failure if it fails."""
         done = subprocess.run(
             [VMCTL, *words],
-            env=self._env,
+            env=self.environ,
             capture_output=True,
             text=True,
             timeout=COMMAND_S,
@@ -166,11 +169,11 @@ class Host:
     def move(self, name: str, to: str) -> None:
         """Send a VM through a pipe to another name."""
         with subprocess.Popen(
-            [VMCTL, "send", name], env=self._env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [VMCTL, "send", name], env=self.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as sender:
             receiver = subprocess.run(
                 [VMCTL, "receive", to],
-                env=self._env,
+                env=self.environ,
                 stdin=sender.stdout,
                 capture_output=True,
                 timeout=COMMAND_S,
@@ -191,9 +194,9 @@ class Host:
         self.vmctl("stop", "-fw", name)
 
 
-def boot(host: Host, name: str) -> None:
-    """Start a guest, and its load."""
-    host.vmctl("start", name)
+def boot(host: Host, name: str, *options: str | Path) -> None:
+    """Start a guest with options of `vmctl start`, and prepare it for its load."""
+    host.vmctl("start", *options, name)
     with host.client.console(name) as console:
         console.expect(b"# ")
         shell = Shell(console)
@@ -354,14 +357,15 @@ def wait_until_ready(shell: Shell) -> str:
     return told
 
 
+def initramfs(kernel: artifacts.Kernel) -> Path:
+    """Return the guests' initramfs."""
+    return artifacts.initramfs_with(kernel, (*MODULES, "virtio_rng"), "state")
+
+
 def linux(name: str, kernel: artifacts.Kernel, *lines: str) -> str:
     """Return a VM with a shell on its console."""
-    modules = (*MODULES, "virtio_rng")
-    boot = (
-        f'initrd "{artifacts.initramfs_with(kernel, modules, "state")}"',
-        f'append "{COMMAND_LINE} test=shell"',
-    )
-    return vm_block(name, *boot, *lines, boot=kernel.vmlinuz, memory="128M")
+    boot = (f'initrd "{initramfs(kernel)}"', f'append "{SHELL}"')
+    return vm_block(name, *boot, *lines, boot=kernel.vmlinuz, memory=MEMORY)
 
 
 def run(folder: Path, given: argparse.Namespace) -> str:
