@@ -20,6 +20,7 @@ import pytest
 
 from tests.agents import wait_until
 from tests.hostile_web import Answer, Asked, Connection, HostileWeb, certificate
+from tests.unit.vmctl.test_image_pull import vmctl
 from tests.vmctl_driver import VMCTL
 from vmctl.images import pull as pulling
 from vmctl.images.reference import parse_reference
@@ -160,19 +161,6 @@ def web(store: Path, tls: tuple[ssl.SSLContext, Path]) -> Iterator[tuple[Registr
         yield registry, server
 
 
-def vmctl(*words: str | Path) -> tuple[int, str, str]:
-    """Run a command; returns status, output and errors."""
-    done = subprocess.run(
-        [VMCTL, "image", *words],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=BOUND_S,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
 def address(registry: Registry, what: str = "some/disk:v1") -> str:
     """Return the address of an artefact."""
     return f"oci://{registry.url.removeprefix('https://')}/{what}"
@@ -236,8 +224,8 @@ def test_an_archive(packs: bool, web: tuple[Registry, HostileWeb], store: Path) 
     assert len(server.asked) == asked + 2
     layer_link = f"layers/{sha256(registry.blobs.popitem()[1]).replace(':', '-')}"
     assert left(store) == [layer_link, "names/disk-v1", named(disk)]
-    assert vmctl("rm", "disk-v1")[0] == 0
-    assert vmctl("prune")[0] == 0
+    assert vmctl("image", "rm", "disk-v1")[0] == 0
+    assert vmctl("image", "prune")[0] == 0
     assert left(store) == []
 
 
@@ -555,7 +543,7 @@ def test_full_disk(web: tuple[Registry, HostileWeb], tmp_path: Path) -> None:
 )
 def test_what_makes_no_sense(url: str, told: str, store: Path) -> None:
     """A malformed address is one line, and nothing is asked or made."""
-    status, output, errors = vmctl("pull", url)
+    status, output, errors = vmctl("image", "pull", url)
     assert (status, output, errors.count("\n")) == (1, "", 1)
     assert told in errors
     assert left(store) == []
@@ -564,7 +552,7 @@ def test_what_makes_no_sense(url: str, told: str, store: Path) -> None:
 def test_digests_of_the_command_line(store: Path) -> None:
     """The digest of an artefact stands in its address, not beside it."""
     for words in (("--digest", f"sha256:{'0' * 64}"), ("--sums", "x")):
-        assert vmctl("pull", *words, "oci://host/a") == (
+        assert vmctl("image", "pull", *words, "oci://host/a") == (
             *(1, ""),
             "vmctl: oci://host/a: its digest stands behind it: @sha256:...\n",
         )
