@@ -64,20 +64,24 @@ def _wait_until_it_is_sent(vmd: Daemon, path: Path) -> None:
         assert time.monotonic() < end
 
 
+def _gdb(vmd: Daemon, *words: str) -> subprocess.CompletedProcess[str]:
+    """Have `vmctl gdb` run commands of gdb's in the VM `web`."""
+    return subprocess.run(
+        [VMCTL, "gdb", "web", "--", "-nx", "-batch", *words],
+        env={**PLAIN, "VMD_SOCKET": str(vmd.socket)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
 def test_gdb_debugs_a_vm(start_vmd: Start) -> None:
     """`vmctl gdb` starts gdb, which finds the guest; at its end the guest runs on."""
     with start_vmd(CONFIGURATION) as vmd:
         _started(vmd)
-        words = ("-nx", "-batch", "-ex", "info threads", "-ex", "info registers cr0")
-        done = subprocess.run(
-            [VMCTL, "gdb", "web", "--", *words],
-            env={**PLAIN, "VMD_SOCKET": str(vmd.socket)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
+        done = _gdb(vmd, "-ex", "info threads", "-ex", "info registers cr0")
         assert done.returncode == 0, done.stderr
         assert "Thread 1 (vcpu0)" in done.stdout
         assert "cr0" in done.stdout
@@ -89,15 +93,7 @@ def test_vmctl_gdb_again_and_again(start_vmd: Start) -> None:
     with start_vmd(CONFIGURATION) as vmd, Client(str(vmd.socket)) as client:
         _started(vmd)
         for _ in range(3):
-            done = subprocess.run(
-                [VMCTL, "gdb", "web", "--", "-nx", "-batch", "-ex", "info threads"],
-                env={**PLAIN, "VMD_SOCKET": str(vmd.socket)},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT_S,
-                check=False,
-            )
+            done = _gdb(vmd, "-ex", "info threads")
             assert done.returncode == 0, done
             assert "Thread 1 (vcpu0)" in done.stdout
         with debug(client, "web") as debugger:
